@@ -1,0 +1,1 @@
+"""Packed TurboQuant KV caches for transformers."""

@@ -1,0 +1,217 @@
+"""The codec and attention over packed K and V in plain torch: what the kernels must equal.
+
+Geometry of a layer's cache (every function here and every kernel agrees on it).  Row b of the batch has
+n = length - start[b] tokens, counted from its first real token: left padding is never stored, so a padded
+row's cache is byte for byte that of its unpadded run.  With S sinks, window W and a ring of C slots:
+
+    token t < S                        exact, `sinks[:, :, t]`
+    u = t - S, u < P                   packed, tile u // 32,      P = max(0, n - S - W) // 32 * 32
+    u = t - S, u >= P                  exact, `recent[:, :, u % C]`,     C >= W + 64
+
+C = 0 means there is no ring: all u are packed (P = n - S, the last tile may be partial).
+
+A packed vector is y = (x - shift) @ map, stored as codes c and one fp16 scale s with y ~ s * level[c].
+Codes are the nearest levels of y / sigma with sigma = |y| / sqrt(D) (at 8 bits: sigma = max|y|); then
+s = <y, level> / <level, level>, the least-squares scale (QUALITY: better than the raw norm of the paper).
+What can be asserted bitwise: pack/unpack; codes and scales given the same float32 y.  Rotations computed
+by different kernels differ in the last ulp, so a few codes in 10^4 land on the other side of a threshold.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from tq_ao.codebook import Role, codebook
+from tq_ao.packing import TILE, from_fragments, pack, tile_bytes, unpack_fragments
+
+
+def bits_of(codes: torch.Tensor, head_dim: int) -> int:
+    """Bit width of packed codes uint8 [..., T, bytes]; raises ValueError if no width fits."""
+    bits = codes.shape[-1] * 8 // (TILE * head_dim)
+    if codes.shape[-1] != tile_bytes(bits, head_dim):
+        raise ValueError(f"expected tile bytes of 1, 2, 3, 4 or 8 bits at head_dim {head_dim}, got {codes.shape[-1]}")
+    return bits
+
+
+def quantize(y: torch.Tensor, bits: int, role: Role) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scalar-quantise mapped vectors.
+
+    Args:
+        y: float32 [..., D].
+        bits: code width.
+        role: "key" or "value".
+
+    Returns:
+        codes uint8 [..., D] and scales float16 [...].  Zero vectors get scale 0; NaN or inf in, NaN scale out.
+    """
+    levels = codebook(bits, role).tensor(y.device)
+    if bits == 8:
+        sigma = y.abs().amax(-1, keepdim=True)
+        codes = (y * (127 / sigma.clamp_min(1e-30))).round().clamp(-127, 127).to(torch.int16) & 0xFF
+    else:
+        sigma = y.square().mean(-1, keepdim=True).sqrt()
+        edges, code_of = _thresholds(bits, role)
+        codes = code_of.to(y.device)[torch.bucketize(y / sigma.clamp_min(1e-30), edges.to(y.device))]
+    codes = codes.to(torch.uint8)
+    c = levels[codes.long()]
+    scale = (y * c).sum(-1) / c.square().sum(-1).clamp_min(1e-30)
+    scale = torch.where(torch.isfinite(scale), scale.clamp(max=65504.0), torch.nan)
+    return codes, scale.half()
+
+
+def _thresholds(bits: int, role: Role) -> tuple[torch.Tensor, torch.Tensor]:
+    """Midpoints between ascending levels, and the code of each cell."""
+    ordered, code_of = codebook(bits, role).tensor().sort()
+    return (ordered[1:] + ordered[:-1]) / 2, code_of
+
+
+def encode(
+    x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, bits: int, role: Role
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Map, quantise and pack.
+
+    Args:
+        x: [B, H, N, D], any float dtype; N is padded to whole tiles with zero vectors (scale 0).
+        map, shift: float32 [H, D, D] and [H, D].
+
+    Returns:
+        codes uint8 [B, H, T, tile_bytes] and scales float16 [B, H, T, 32], T = ceil(N / 32).
+    """
+    y = (x.float() - shift[:, None]) @ map
+    codes, scales = quantize(torch.nn.functional.pad(y, (0, 0, 0, -x.shape[2] % TILE)), bits, role)
+    return pack(codes, bits, role), scales.unflatten(2, (-1, TILE))
+
+
+def decode(codes: torch.Tensor, scales: torch.Tensor, head_dim: int, role: Role, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Mapped-space vectors of packed tiles: [..., T, bytes], [..., T, 32] -> dtype [..., T*32, D]."""
+    bits = bits_of(codes, head_dim)
+    levels = codebook(bits, role).tensor(codes.device).to(dtype)[unpack_fragments(codes, bits, head_dim)]
+    return (from_fragments(levels, role) * scales.to(dtype).unsqueeze(-1)).flatten(-3, -2)
+
+
+def packed_tokens(n: int, sinks: int, window: int, capacity: int) -> int:
+    """P of the module docstring: how many tokens of a row with n tokens are packed."""
+    return max(0, n - sinks) if capacity == 0 else max(0, n - sinks - window) // TILE * TILE
+
+
+def _rows(start: torch.Tensor) -> Iterator[tuple[int, slice | torch.Tensor]]:
+    """(start, rows) for each group of rows that begin at the same position."""
+    values = start.tolist()
+    for value in sorted(set(values)):
+        yield value, slice(None) if len(set(values)) == 1 else torch.nonzero(start == value)[:, 0]
+
+
+def append_(
+    k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor,
+    k_sinks: torch.Tensor, v_sinks: torch.Tensor, k_recent: torch.Tensor, v_recent: torch.Tensor,
+    k: torch.Tensor, v: torch.Tensor, length: torch.Tensor, start: torch.Tensor,
+    key_map: torch.Tensor, key_shift: torch.Tensor, value_map: torch.Tensor, value_shift: torch.Tensor, window: int,
+) -> None:  # fmt: skip
+    """Append q tokens to a layer's cache in place and pack every tile that has left the window.
+
+    Args:
+        k_codes, v_codes: uint8 [B, H, T, tile_bytes]; k_scales, v_scales: float16 [B, H, T, 32].
+        k_sinks, v_sinks: [B, H, S, D]; k_recent, v_recent: ring [B, H, C, D], C >= window + 64.
+        k, v: new tokens [B, H, q, D].
+        length: integer 0-d tensor, tokens (padding included) seen before these; not changed here.
+        start: integer [B], position of each row's first real token.
+        key_map, value_map: float32 [H, D, D]; key_shift, value_shift: float32 [H, D].
+        window: tokens kept exact behind the newest.
+    """
+    q, sinks, capacity, seen = k.shape[2], k_sinks.shape[2], k_recent.shape[2], int(length)
+    for first, rows in _rows(start):
+        skip = max(0, first - seen)  # padding inside this chunk
+        if skip >= q:
+            continue
+        before, after = max(0, seen - first), seen + q - first
+        old, new = (packed_tokens(n, sinks, window, capacity) for n in (before, after))
+        for codes, scales, sink, recent, x, map, shift, role in (
+            (k_codes, k_scales, k_sinks, k_recent, k, key_map, key_shift, "key"),
+            (v_codes, v_scales, v_sinks, v_recent, v, value_map, value_shift, "value"),
+        ):
+            fresh = x[rows, :, skip:]  # tokens before .. after
+            if new > old:
+                ring = torch.arange(old, min(new, max(0, before - sinks)), device=x.device) % capacity
+                arriving = slice(max(0, old + sinks - before), max(0, new + sinks - before))
+                leaving = torch.cat([recent[rows][:, :, ring], fresh[:, :, arriving]], 2)
+                bits = bits_of(codes, x.shape[-1])
+                tiles = slice(old // TILE, new // TILE)
+                codes[rows, :, tiles], scales[rows, :, tiles] = encode(leaving, map, shift, bits, role)
+            if before < sinks:
+                sink[rows, :, before : min(sinks, after)] = fresh[:, :, : sinks - before].to(sink.dtype)
+            u = torch.arange(max(0, before - sinks, after - sinks - capacity), max(0, after - sinks), device=x.device)
+            if len(u):
+                ring_rows = recent if isinstance(rows, slice) else recent[rows]
+                ring_rows[:, :, u % capacity] = fresh[:, :, u + sinks - before].to(recent.dtype)
+                if not isinstance(rows, slice):
+                    recent[rows] = ring_rows
+
+
+def attention(
+    q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor,
+    k_sinks: torch.Tensor, v_sinks: torch.Tensor, k_recent: torch.Tensor, v_recent: torch.Tensor,
+    length: torch.Tensor, start: torch.Tensor, query_map: torch.Tensor, key_shift: torch.Tensor,
+    output_map: torch.Tensor, value_shift: torch.Tensor, window: int, scale: float, softcap: float = 0.0,
+    sink_logits: torch.Tensor | None = None, k_new: torch.Tensor | None = None, v_new: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of q over a packed cache, and causally over new tokens that are not in it yet.
+
+    Args:
+        q: [B, Hq, q_len, D]; Hq is a multiple of H (GQA).
+        k_codes ... v_recent, length, start, window: a layer's cache as in `append_`, holding `length` tokens.
+        query_map, output_map: float32 [H, D, D]; key_shift, value_shift: float32 [H, D].
+        scale: multiplies q.k; softcap: cap * tanh(s / cap) if > 0 (Gemma-2).
+        sink_logits: [Hq] logits of a virtual key with value 0 (gpt-oss), or None.
+        k_new, v_new: exact [B, H, q_len, D]; query i sees new tokens 0..i.  None: q sees the whole cache.
+        dtype: arithmetic; float64 gives the oracle of the kernel tests.
+
+    Returns:
+        [B, Hq, q_len, D] in q's dtype.  Queries of padding tokens get zeros.
+    """
+    batch, q_heads, q_len, dim = q.shape
+    heads, sinks, capacity, seen = k_codes.shape[1], k_sinks.shape[2], k_recent.shape[2], int(length)
+    out = torch.zeros(batch, q_heads, q_len, dim, dtype=q.dtype, device=q.device)
+    for first, rows in _rows(start):
+        n = max(0, seen - first)
+        packed = packed_tokens(n, sinks, window, capacity)
+        tiles = -(-packed // TILE)
+        x = q[rows].to(dtype).unflatten(1, (heads, -1)).flatten(2, 3)  # [b, H, G * q_len, D]
+        if packed:
+            k = decode(k_codes[rows, :, :tiles], k_scales[rows, :, :tiles], dim, "key", dtype)[:, :, :packed]
+            rotated = x @ query_map.to(dtype)
+            scores = [rotated @ k.mT + x @ key_shift.to(dtype)[:, :, None]]
+        else:
+            scores = [x.new_zeros(*x.shape[:3], 0)]
+        ring = torch.arange(packed, max(packed, n - sinks), device=q.device) % max(1, capacity)
+        exact_k = [k_sinks[rows, :, : min(n, sinks)], k_recent[rows][:, :, ring]]
+        exact_v = [v_sinks[rows, :, : min(n, sinks)], v_recent[rows][:, :, ring]]
+        skip = 0
+        if k_new is not None and v_new is not None:
+            skip = min(q_len, max(0, first - seen))
+            exact_k.append(k_new[rows, :, skip:])
+            exact_v.append(v_new[rows, :, skip:])
+        scores.append(x @ torch.cat([t.to(dtype) for t in exact_k], 2).mT)
+        s = torch.cat(scores, -1) * scale
+        if softcap:
+            s = softcap * torch.tanh(s / softcap)
+        s = s.unflatten(2, (-1, q_len))  # [b, H, G, q_len, keys]
+        if k_new is not None:
+            fresh = torch.arange(q_len, device=q.device)
+            hidden = fresh[None, skip:] > fresh[:, None]
+            s[..., s.shape[-1] - (q_len - skip) :].masked_fill_(hidden, -torch.inf)
+        if sink_logits is not None:
+            extra = sink_logits.to(dtype).view(1, heads, -1, 1, 1).expand(s.shape[0], -1, -1, q_len, 1)
+            p = torch.softmax(torch.cat([s, extra], -1), -1)[..., :-1]
+        else:
+            p = torch.softmax(s, -1)
+        p = p.flatten(2, 3)  # [b, H, G * q_len, keys]
+        o = p[..., packed:] @ torch.cat([t.to(dtype) for t in exact_v], 2)
+        if packed:
+            v = decode(v_codes[rows, :, :tiles], v_scales[rows, :, :tiles], dim, "value", dtype)[:, :, :packed]
+            mass = p[..., :packed].sum(-1, keepdim=True)
+            o = o + (p[..., :packed] @ v) @ output_map.to(dtype) + mass * value_shift.to(dtype)[:, None]
+        o = o.unflatten(2, (-1, q_len)).flatten(1, 2)
+        o[:, :, :skip] = 0  # padding queries saw no key
+        out[rows] = o.to(q.dtype)
+    return out

@@ -1,0 +1,96 @@
+"""The maps of a layer: what is done to keys, queries, values and outputs around the scalar quantiser.
+
+All maps act on row vectors, one D x D matrix per KV head (queries use the map of their KV head):
+
+    k' = (k - key_shift) @ key          q' = q @ query           key @ query.T = I   so q'.k' = q.(k - key_shift)
+    v' = (v - value_shift) @ value      o  = o' @ output + value_shift               value @ output = I
+
+An oblivious rotation (TurboQuant, arXiv 2504.19874) is the case key = query = value = output.T = R with
+zero shifts; calibrated maps are other matrices in the same four places.
+"""
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """Maps and shifts of one layer, all float32.
+
+    Attributes:
+        key, query, value, output: [kv_heads, D, D].
+        key_shift, value_shift: [kv_heads, D].
+    """
+
+    key: torch.Tensor
+    query: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
+    key_shift: torch.Tensor
+    value_shift: torch.Tensor
+
+    def __post_init__(self) -> None:
+        heads, dim = self.key_shift.shape
+        for field in fields(self):
+            want = (heads, dim) if field.name.endswith("shift") else (heads, dim, dim)
+            tensor = getattr(self, field.name)
+            if tuple(tensor.shape) != want or tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"expected map {field.name!r} to be float32 {want}, got {tensor.dtype} {tuple(tensor.shape)}; "
+                    "one D x D matrix (or D-vector) per KV head"
+                )
+
+    def to(self, device: torch.device | str) -> "LayerMaps":
+        """The same maps on another device."""
+        return LayerMaps(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Name -> tensor, for saving."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def hadamard(dim: int) -> torch.Tensor:
+    """Sylvester's Hadamard matrix [dim, dim], orthonormal, float64; dim is a power of two."""
+    if dim <= 0 or dim & (dim - 1):
+        raise ValueError(f"expected a power of two, got {dim}; use kind='dense' for other head dims")
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while h.shape[0] < dim:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
+    return h / dim**0.5
+
+
+@lru_cache(maxsize=512)
+def rotations(kind: str, heads: int, dim: int, seed: int) -> torch.Tensor:
+    """Random rotations, float32 [heads, dim, dim], a pure function of the arguments on every machine.
+
+    "hadamard" is diag(signs) @ H (fast Johnson-Lindenstrauss, Ailon & Chazelle 2009); "dense" is Haar
+    distributed (QR of a Gaussian, Mezzadri math-ph/0609050).  "hadamard" with a dim that is not a power of
+    two uses block Hadamards of the largest power-of-two factor mixed by a dense rotation of the blocks.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "dense":
+        gaussian = torch.randn(heads, dim, dim, generator=generator, dtype=torch.float64)
+        q, r = torch.linalg.qr(gaussian)
+        return (q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)).float()
+    if kind != "hadamard":
+        raise ValueError(f"expected rotation kind 'hadamard' or 'dense', got {kind!r}")
+    signs = torch.randint(0, 2, (heads, dim, 1), generator=generator) * 2.0 - 1.0
+    block = dim & -dim
+    h = hadamard(block)
+    if block != dim:
+        blocks = dim // block
+        mix, r = torch.linalg.qr(torch.randn(blocks, blocks, generator=generator, dtype=torch.float64))
+        h = torch.kron((mix * torch.sign(torch.diagonal(r))).contiguous(), h)
+    return (signs * h).float()
+
+
+def rotation_maps(kind: str, heads: int, dim: int, seed: int) -> LayerMaps:
+    """Plain TurboQuant maps of one layer: the same rotation for K and V, zero shifts."""
+    r = rotations(kind, heads, dim, seed)
+    zero = torch.zeros(heads, dim)
+    return LayerMaps(key=r, query=r, value=r, output=r.mT.contiguous(), key_shift=zero, value_shift=zero)

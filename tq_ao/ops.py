@@ -20,6 +20,7 @@ _CACHE_MUT = ", ".join(f"Tensor({chr(97 + i)}!) {part.split()[1]}" for i, part i
 _MAPS = "Tensor query_map, Tensor key_shift, Tensor output_map, Tensor value_shift"
 _SCORE = 'int window, float scale, *, float softcap=0.0, Tensor? sink_logits=None, str impl="auto"'
 _lib.define('encode(Tensor x, Tensor map, Tensor shift, int bits, str role, *, str impl="auto") -> (Tensor, Tensor)')
+_lib.define("decode(Tensor codes, Tensor scales, int head_dim, str role) -> Tensor")
 _lib.define(
     f"append_({_CACHE_MUT}, Tensor k, Tensor v, Tensor length, Tensor start, Tensor key_map, Tensor key_shift, "
     'Tensor value_map, Tensor value_shift, int window, *, str impl="auto") -> ()'
@@ -30,6 +31,7 @@ _lib.define(
 )
 
 encode = torch.ops.tq_ao.encode
+decode = torch.ops.tq_ao.decode
 append_ = torch.ops.tq_ao.append_
 decode_attention = torch.ops.tq_ao.decode_attention
 extend_attention = torch.ops.tq_ao.extend_attention
@@ -64,6 +66,10 @@ def _encode_fake(x, map, shift, bits, role, *, impl="auto"):
     tiles = -(-x.shape[2] // TILE)
     codes = x.new_empty(*x.shape[:2], tiles, tile_bytes(bits, x.shape[3]), dtype=torch.uint8)
     return codes, x.new_empty(*x.shape[:2], tiles, TILE, dtype=torch.float16)
+
+
+def _dense_fake(codes, scales, head_dim, role):
+    return scales.new_empty(*scales.shape[:-2], scales.shape[-2] * TILE, head_dim, dtype=torch.float32)
 
 
 def _append_cpu(*args, impl="auto"):
@@ -117,6 +123,10 @@ def _extend_cuda(q, k_new, v_new, *args, softcap=0.0, sink_logits=None, impl="au
 def _extend_fake(q, k_new, v_new, *args, softcap=0.0, sink_logits=None, impl="auto"):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
+
+# Unpacking for inspection, on any device: plain torch, but opaque to torch.compile like the ops around it.
+_lib.impl("decode", reference.decode, "CompositeExplicitAutograd")
+torch.library.register_fake("tq_ao::decode", _dense_fake, lib=_lib)
 
 for _name, _cpu, _cuda, _fake in (
     ("encode", _encode_cpu, _encode_cuda, _encode_fake),

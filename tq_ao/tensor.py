@@ -1,0 +1,492 @@
+"""TurboQuantTensor: the packed keys or values of one layer, as a torch tensor subclass.
+
+The subclass is a view put together from plain buffers: a cache writes its buffers with `ops.append_` and
+builds the wrapper *after* the write.  Under torch.compile the order matters: writing an inner tensor of a
+wrapper that already exists and then reading through the wrapper reads the old data (tests/test_compile.py).
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torchao.prototype.safetensors import safetensors_utils
+from torchao.utils import TorchAOBaseTensor
+
+from tq_ao import ops
+from tq_ao.codebook import ROLES, Role
+from tq_ao.packing import LAYOUT_VERSION, TILE
+from tq_ao.reference import bits_of
+from tq_ao.rotation import LayerMaps, rotation_maps
+
+aten = torch.ops.aten
+
+
+class TurboQuantTensor(TorchAOBaseTensor):
+    """Packed K or V of one layer: logically [B, H, S, D] in `dtype`, stored as codes and scales.
+
+    The geometry (sinks, packed tiles, ring) is that of `reference`.  `select(0, b)` drops the batch
+    dimension; such a tensor is [H, S, D] and every B below is absent until `unsqueeze(0)`.
+
+    Tensor data:
+        codes: uint8 [B, H, T, tile_bytes], layout v1 of `packing`.
+        scales: float16 [B, H, T, 32], one per token.
+        encode_map: float32 [H, D, D], `LayerMaps.key` or `.value`: applied before quantising.
+        decode_map: float32 [H, D, D], `LayerMaps.query` (keys) or `.output` (values).
+        shift: float32 [H, D], subtracted before `encode_map`.
+        sinks: dtype [B, H, S0, D], the first tokens, exact.
+        recent: dtype [B, H, C, D], the ring of exact recent tokens.
+        new: dtype [B, H, q, D], exact tokens that follow the cache and are not in it yet.
+        length: int64 0-d, tokens in the cache, padding included, `new` excluded.
+        start: int64 [B], position of each row's first real token.
+        (sinks, recent, length and start are all None in a standalone tensor made by `from_hp`: all S tokens
+        are packed, the last tile may be partial, there is no padding.)
+    Attributes:
+        role: "key" or "value".
+        seq_len: S; for a static cache the most tokens it can hold.
+        window: tokens kept exact behind the newest; 0 when standalone.
+        dtype: logical dtype.
+        layout_version: version of the bit layout of `codes`; anything but this library's is refused.
+
+    Not differentiable.  Operations that would need dense data raise NotImplementedError.
+    """
+
+    tensor_data_names = ["codes", "scales", "encode_map", "decode_map", "shift"]
+    tensor_attribute_names = ["role", "seq_len", "window", "dtype"]
+    optional_tensor_data_names = ["sinks", "recent", "new", "length", "start"]
+    optional_tensor_attribute_names = ["layout_version"]
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    encode_map: torch.Tensor
+    decode_map: torch.Tensor
+    shift: torch.Tensor
+    role: Role
+    seq_len: int
+    window: int
+    sinks: torch.Tensor | None
+    recent: torch.Tensor | None
+    new: torch.Tensor | None  # type: ignore[assignment]  # shadows the legacy constructor Tensor.new
+    length: torch.Tensor | None
+    start: torch.Tensor | None
+    layout_version: int
+
+    def __new__(
+        cls,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        encode_map: torch.Tensor,
+        decode_map: torch.Tensor,
+        shift: torch.Tensor,
+        role: Role,
+        seq_len: int,
+        window: int,
+        dtype: torch.dtype,
+        sinks: torch.Tensor | None = None,
+        recent: torch.Tensor | None = None,
+        new: torch.Tensor | None = None,
+        length: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
+        layout_version: int = LAYOUT_VERSION,
+    ) -> "TurboQuantTensor":
+        shape = (*codes.shape[:-2], seq_len, shift.shape[-1])
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device, requires_grad=False)
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        encode_map: torch.Tensor,
+        decode_map: torch.Tensor,
+        shift: torch.Tensor,
+        role: Role,
+        seq_len: int,
+        window: int,
+        dtype: torch.dtype,
+        sinks: torch.Tensor | None = None,
+        recent: torch.Tensor | None = None,
+        new: torch.Tensor | None = None,
+        length: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
+        layout_version: int = LAYOUT_VERSION,
+    ) -> None:
+        super().__init__()
+        if role not in ROLES:
+            raise ValueError(f"expected role in {ROLES}, got {role!r}; keys and values are laid out differently")
+        if layout_version != LAYOUT_VERSION:
+            raise ValueError(
+                f"expected codes in layout version {LAYOUT_VERSION}, got {layout_version}; "
+                "read them with the tq_ao release that wrote them and quantise again"
+            )
+        self.codes = codes
+        self.scales = scales
+        self.encode_map = encode_map
+        self.decode_map = decode_map
+        self.shift = shift
+        self.role = role
+        self.seq_len = seq_len
+        self.window = window
+        self.sinks = sinks
+        self.recent = recent
+        self.new = new
+        self.length = length
+        self.start = start
+        self.layout_version = layout_version
+
+    @classmethod
+    def from_hp(
+        cls,
+        x: torch.Tensor,
+        bits: int = 3,
+        role: Role = "key",
+        maps: LayerMaps | None = None,
+        rotation: str = "hadamard",
+        seed: int = 0,
+    ) -> "TurboQuantTensor":
+        """Quantise dense keys or values.
+
+        Args:
+            x: floating point [B, H, S, D], D a multiple of 32.
+            bits: 1, 2, 3, 4 or 8.
+            role: "key" or "value".
+            maps: the layer's maps; None: `rotation_maps(rotation, H, D, seed)`.
+
+        Raises:
+            ValueError: wrong rank or dtype of x, unsupported bits, role or head dim, maps of another shape.
+        """
+        if x.dim() != 4 or not x.is_floating_point():
+            raise ValueError(f"expected floating point x [B, H, S, D], got {x.dtype} {tuple(x.shape)}; reshape it first")
+        if role not in ROLES:
+            raise ValueError(f"expected role in {ROLES}, got {role!r}; keys and values are laid out differently")
+        _, heads, tokens, dim = x.shape
+        maps = rotation_maps(rotation, heads, dim, seed) if maps is None else maps
+        if tuple(maps.key_shift.shape) != (heads, dim):
+            raise ValueError(
+                f"expected maps of {heads} KV heads and head_dim {dim}, got {tuple(maps.key_shift.shape)}; "
+                "pass the maps of the layer x comes from"
+            )
+        maps = maps.to(x.device)
+        if role == "key":
+            encode_map, decode_map, shift = maps.key, maps.query, maps.key_shift
+        else:
+            encode_map, decode_map, shift = maps.value, maps.output, maps.value_shift
+        codes, scales = ops.encode(x.detach(), encode_map, shift, bits, role)
+        return cls(codes, scales, encode_map, decode_map, shift, role, tokens, 0, x.dtype)
+
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Dense [B, H, S, D] in original space; row b's token t sits at position start[b] + t.
+
+        Packed tokens are reconstructed, exact ones (sinks, ring, new) copied; padding and the positions after
+        the last token are zeros.  For inspection and tests: attention never calls this.
+        """
+        if self.dim() == 3:
+            return self.unsqueeze(0).dequantize(output_dtype)[0]
+        batch, heads, tokens, dim = self.shape
+        y = ops.decode(self.codes, self.scales, dim, self.role)
+        inverse = self.decode_map.mT if self.role == "key" else self.decode_map
+        x = (y @ inverse + self.shift[:, None]).to(self.dtype)
+        if self.length is None or self.start is None or self.sinks is None or self.recent is None:
+            return x[:, :, :tokens].to(output_dtype or self.dtype)
+        sinks, capacity = self.sinks.shape[2], self.recent.shape[2]
+        position = torch.arange(tokens, device=self.device)
+        t = position - self.start[:, None]  # [B, S]
+        n = (self.length - self.start).clamp_min(0)[:, None]
+        packed = n - sinks if capacity == 0 else (n - sinks - self.window).clamp_min(0) // TILE * TILE
+        u = t - sinks
+
+        def rows(source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            index = index.clamp(0, source.shape[2] - 1)[:, None, :, None].expand(batch, heads, tokens, dim)
+            return source.gather(2, index)
+
+        out = torch.zeros(batch, heads, tokens, dim, dtype=self.dtype, device=self.device)
+        parts = [(x, u, (u >= 0) & (u < packed)), (self.sinks, t, (t >= 0) & (t < sinks) & (t < n))]
+        if capacity:
+            parts.append((self.recent, u % capacity, (u >= packed) & (u >= 0) & (t < n)))
+        if self.new is not None:
+            i = (position - self.length).expand_as(t)
+            parts.append((self.new, i, (i >= 0) & (i < self.new.shape[2]) & (t >= 0)))
+        for source, index, where in parts:
+            if source.shape[2]:
+                out = torch.where(where[:, None, :, None], rows(source.to(self.dtype), index), out)
+        return out.to(output_dtype or self.dtype)
+
+    @property
+    def bits(self) -> int:
+        """Code width."""
+        return bits_of(self.codes, self.shape[-1])
+
+    @property
+    def nbytes_packed(self) -> int:
+        """Bytes of codes and scales, counted from the tensors."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    @property
+    def bits_per_value(self) -> float:
+        """Stored bits (codes and scales) per coordinate of a packed vector; one scale belongs to each vector."""
+        return 8 * self.nbytes_packed / max(1, self.scales.numel() * self.shape[-1])
+
+    def __repr__(self) -> str:
+        per_vector = self.bits_per_value * self.shape[-1] / 8
+        return (
+            f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"bits={self.bits}, role={self.role!r}, bytes_per_vector={per_vector:g})"
+        )
+
+    def _stable_hash_for_caching(self) -> str:
+        """Key of the compile cache: everything but the data, the same in every process."""
+        names, attributes = self.__tensor_flatten__()
+        parts = [type(self).__qualname__, str(tuple(self.shape)), str(attributes)]
+        for name in names:
+            t = getattr(self, name)
+            parts.append(f"{name}:{t.dtype}:{tuple(t.shape)}:{t.stride()}:{t.device}")
+        return hashlib.blake2b("|".join(parts).encode(), digest_size=16).hexdigest()
+
+    def _replace(self, **changes: Any) -> "TurboQuantTensor":
+        """The same tensor with some of its data or attributes exchanged."""
+        required = (getattr(self, name) for name in self.tensor_data_names + self.tensor_attribute_names)
+        values = dict(zip(self.tensor_data_names + self.tensor_attribute_names, required, strict=True))
+        for name in self.optional_tensor_data_names + self.optional_tensor_attribute_names:
+            values[name] = getattr(self, name)
+        return type(self)(**(values | changes))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = cls._ATEN_OP_TABLE[cls].get(func)
+        if handler is None:
+            raise NotImplementedError(f"{cls.__name__} does not implement {func}; call .dequantize() to get a dense tensor")
+        return handler(func, types, args, kwargs or {})
+
+
+implements = TurboQuantTensor.implements
+implements_torch_function = TurboQuantTensor.implements_torch_function
+
+_PER_TOKEN = ("codes", "scales", "sinks", "recent", "new")  # [B, H, ...]
+_PER_HEAD = ("encode_map", "decode_map", "shift")  # [H, ...]
+
+
+def _map_dim(x: TurboQuantTensor, dim: int, fn: Callable[[torch.Tensor, int], torch.Tensor], op: str) -> TurboQuantTensor:
+    """Apply fn(tensor, dim) to every inner tensor that has logical dimension `dim`, batch or heads."""
+    axis = dim % x.dim() + 4 - x.dim()
+    if axis > 1:
+        raise NotImplementedError(
+            f"{type(x).__name__} does not implement {op} along dim {dim} of {tuple(x.shape)}; only the batch and head "
+            "dimensions are stored apart, call .dequantize() to get a dense tensor"
+        )
+    dims = dict.fromkeys(_PER_TOKEN, dim % x.dim())
+    dims |= {"start": 0} if axis == 0 else dict.fromkeys(_PER_HEAD, 0)
+    return x._replace(**{name: fn(t, d) for name, d in dims.items() if (t := getattr(x, name)) is not None})
+
+
+def _slice_tokens(x: TurboQuantTensor, start: int, end: int) -> TurboQuantTensor:
+    if x.length is not None:
+        raise NotImplementedError(
+            f"{type(x).__name__} of a cache cannot be sliced along the sequence: its sinks and ring sit at fixed "
+            "positions; crop the cache, or call .dequantize() and slice the dense tensor"
+        )
+    if start % TILE or (end % TILE and end != x.seq_len):
+        raise NotImplementedError(
+            f"{type(x).__name__} is packed in tiles of {TILE} tokens: slice along the sequence at multiples of "
+            f"{TILE} (got {start}:{end}), or call .dequantize() and slice the dense tensor"
+        )
+    tiles, dim = slice(start // TILE, -(-end // TILE)), x.dim() - 2
+    narrowed = {n: aten.slice.Tensor(getattr(x, n), dim, tiles.start, tiles.stop) for n in ("codes", "scales")}
+    return x._replace(**narrowed, seq_len=end - start)
+
+
+@implements(aten.slice.Tensor)
+def _slice(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    size = x.shape[dim]
+    start, end, step = slice(start, end, step).indices(size)
+    end = max(start, end)
+    if dim % x.dim() == x.dim() - 2 and step == 1:
+        out = _slice_tokens(x, start, end)
+    elif (start, end, step) == (0, size, 1):
+        out = x._apply_fn_to_data(aten.alias.default)
+    else:
+        out = _map_dim(x, dim, lambda t, d: aten.slice.Tensor(t, d, start, end, step), "slice")
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@implements(aten.select.int)
+def _select(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, dim, index = args
+    if x.dim() != 4 or dim % x.dim():
+        raise NotImplementedError(
+            f"{type(x).__name__} selects along the batch dimension of [B, H, S, D] only, got dim {dim} of "
+            f"{tuple(x.shape)}; use a slice of length 1, or call .dequantize()"
+        )
+    out = _map_dim(x, 0, lambda t, d: aten.select.int(t, d, index), "select")
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@implements(aten.unsqueeze.default)
+def _unsqueeze(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, dim = args
+    if x.dim() != 3 or dim not in (0, -4):
+        raise NotImplementedError(
+            f"{type(x).__name__} unsqueezes [H, S, D] at dim 0 only, got dim {dim} of {tuple(x.shape)}; "
+            "call .dequantize() to get a dense tensor"
+        )
+    per_batch = (name for name in (*_PER_TOKEN, "start") if getattr(x, name) is not None)
+    out = x._replace(**{name: getattr(x, name).unsqueeze(0) for name in per_batch})
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@implements(aten.index_select.default)
+def _index_select(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, dim, index = args
+    return _map_dim(x, dim, lambda t, d: t.index_select(d, index), "index_select")
+
+
+@implements([aten._to_copy.default, aten.to.dtype_layout])
+def _to(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Device moves everything; dtype changes the logical dtype and the exact tokens, never codes or maps."""
+    x = args[0]
+    dtype = kwargs.get("dtype") or x.dtype
+    if not dtype.is_floating_point:
+        raise NotImplementedError(f"{type(x).__name__} is floating point, got dtype {dtype}; call .dequantize() first")
+    where = {"device": kwargs.get("device") or x.device, "non_blocking": kwargs.get("non_blocking", False)}
+    copy = func is aten._to_copy.default
+    moved: dict[str, Any] = {}
+    for name in x.__tensor_flatten__()[0]:
+        exact = {"dtype": dtype} if name in ("sinks", "recent", "new") else {}
+        moved[name] = getattr(x, name).to(**where, **exact, copy=copy)
+    return return_and_correct_aliasing(func, args, kwargs, x._replace(**moved, dtype=dtype))
+
+
+@implements(aten.copy_.default)
+def _copy_(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, source = args[:2]
+    names, attributes = x.__tensor_flatten__()
+    if not isinstance(source, TurboQuantTensor) or source.__tensor_flatten__() != (names, attributes):
+        raise ValueError(f"expected copy_ from a packed tensor like {x!r}, got {_describe(source)}; use from_hp")
+    for name in names:
+        if getattr(x, name).shape != getattr(source, name).shape:
+            shapes = tuple(getattr(x, name).shape), tuple(getattr(source, name).shape)
+            raise ValueError(f"expected copy_ between equal shapes, {name!r} has {shapes[0]} and {shapes[1]}")
+    for name in names:
+        getattr(x, name).copy_(getattr(source, name), *args[2:], **kwargs)
+    return x
+
+
+def packed_attention(
+    q: torch.Tensor,
+    k: TurboQuantTensor,
+    v: TurboQuantTensor,
+    scale: float,
+    softcap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Attention of q over packed keys and values, without making them dense.
+
+    Args:
+        q: [B, Hq, q_len, D], Hq a multiple of the KV heads.  q_len is 1 when `k.new` is None; otherwise it is
+            the number of new tokens, and query i sees the cache and new tokens 0..i.
+        k, v: the two tensors of one layer, with role "key" and "value".
+        scale, softcap, sink_logits, impl: as in `reference.attention` and `ops`.
+
+    Returns:
+        [B, Hq, q_len, D] in q's dtype.
+
+    Raises:
+        ValueError: roles, shapes or state of k and v do not fit together or do not fit q.
+    """
+    for name, tensor, role in (("key", k, "key"), ("value", v, "value")):
+        if tensor.role != role:
+            raise ValueError(f"expected the {name} argument to have role {role!r}, got {tensor.role!r}; swap or re-encode it")
+        if tensor.dim() != 4:
+            raise ValueError(f"expected the {name} argument to be [B, H, S, D], got {tuple(tensor.shape)}; use unsqueeze(0)")
+    if k.shape != v.shape or k.window != v.window or (k.new is None, k.length is None) != (v.new is None, v.length is None):
+        raise ValueError(f"expected key and value of one layer, got {k!r} and {v!r}; build both from the same cache")
+    batch, heads, _, dim = k.shape
+    if q.dim() != 4 or q.shape[0] != batch or q.shape[3] != dim or q.shape[1] % heads:
+        raise ValueError(
+            f"expected queries [{batch}, a multiple of {heads}, q_len, {dim}], got {tuple(q.shape)}; "
+            "batch and head_dim must be those of the keys"
+        )
+    fresh = 1 if k.new is None else k.new.shape[2]
+    if q.shape[2] != fresh:
+        raise ValueError(
+            f"expected {fresh} queries, got {q.shape[2]}; several queries need as many exact tokens in `new` "
+            "(one query otherwise): append fewer tokens, or put the chunk in `new`"
+        )
+    none = k.codes.new_empty(batch, heads, 0, dim, dtype=k.dtype)
+    length = torch.full((), k.seq_len, dtype=torch.int64, device=k.device) if k.length is None else k.length
+    start = torch.zeros(batch, dtype=torch.int64, device=k.device) if k.start is None else k.start
+    cache = [
+        *(k.codes, k.scales, v.codes, v.scales),
+        *(none if t is None else t for t in (k.sinks, v.sinks, k.recent, v.recent)),
+        *(length, start, k.decode_map, k.shift, v.decode_map, v.shift, k.window, scale),
+    ]
+    if k.new is None or v.new is None:
+        return ops.decode_attention(q, *cache, softcap=softcap, sink_logits=sink_logits, impl=impl)
+    return ops.extend_attention(q, k.new, v.new, *cache, softcap=softcap, sink_logits=sink_logits, impl=impl)
+
+
+@implements_torch_function(torch.nn.functional.scaled_dot_product_attention)
+def _scaled_dot_product_attention(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    return _sdpa(*args, **kwargs)
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """F.scaled_dot_product_attention with packed key and value; see `packed_attention`."""
+    if isinstance(query, TurboQuantTensor):
+        raise ValueError("expected a dense query, got a TurboQuantTensor; only key and value are packed")
+    for name, tensor in (("key", key), ("value", value)):
+        if not isinstance(tensor, TurboQuantTensor):
+            raise ValueError(f"expected {name} to be a TurboQuantTensor like its partner, got {type(tensor).__name__}; use from_hp")
+    if attn_mask is not None:
+        raise ValueError(
+            f"expected attn_mask=None with packed keys, got {attn_mask.dtype} {tuple(attn_mask.shape)}; left padding is "
+            "the tensor's `start` and causality its `new`; for any other mask dequantize() key and value"
+        )
+    if dropout_p:
+        raise ValueError(f"expected dropout_p=0 with packed keys, got {dropout_p}; attention over a cache is inference")
+    if query.dtype != key.dtype:
+        raise ValueError(f"expected query in the keys' dtype {key.dtype}, got {query.dtype}; convert it with .to({key.dtype})")
+    if query.dim() == key.dim() == 4 and query.shape[1] != key.shape[1] and not enable_gqa:
+        raise ValueError(
+            f"expected {key.shape[1]} query heads, got {query.shape[1]}; pass enable_gqa=True to share key heads in groups"
+        )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    several = query.dim() == 4 and query.shape[2] > 1
+    if key.new is not None:
+        if several and not is_causal:
+            raise ValueError(
+                "expected is_causal=True for the new tokens of a packed cache, got False; each of them sees the "
+                "cache and the new tokens up to itself"
+            )
+        return packed_attention(query, key, value, scale)
+    if is_causal:
+        raise ValueError(
+            "expected is_causal=False, got True: the queries' positions relative to these packed keys are unknown; keep "
+            "the queries' own keys exact in `new` (a cache does), or drop is_causal to let every query see every key"
+        )
+    if not several:
+        return packed_attention(query, key, value, scale)
+    # All queries see the same keys, so they are further heads of their KV head's group.
+    batch, heads, q_len, dim = query.shape
+    return packed_attention(query.reshape(batch, heads * q_len, 1, dim), key, value, scale).view_as(query)
+
+
+def _describe(x: torch.Tensor) -> str:
+    return repr(x) if isinstance(x, TurboQuantTensor) else f"{type(x).__name__} {x.dtype} {tuple(x.shape)}"
+
+
+torch.serialization.add_safe_globals([TurboQuantTensor])
+safetensors_utils.ALLOWED_CLASSES[TurboQuantTensor.__name__] = TurboQuantTensor
+safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append(TurboQuantTensor.__name__)

@@ -9,6 +9,7 @@ An oblivious rotation (TurboQuant, arXiv 2504.19874) is the case key = query = v
 zero shifts; calibrated maps are other matrices in the same four places.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -94,3 +95,39 @@ def rotation_maps(kind: str, heads: int, dim: int, seed: int) -> LayerMaps:
     r = rotations(kind, heads, dim, seed)
     zero = torch.zeros(heads, dim)
     return LayerMaps(key=r, query=r, value=r, output=r.mT.contiguous(), key_shift=zero, value_shift=zero)
+
+
+class MapSource:
+    """Where a model's layers get their maps: calibrated ones if given, else random rotations.
+
+    Maps are built once per (layer, device) and shared by every cache of the model.
+
+    Args:
+        kind, seed: of the random rotations (see `rotations`); layer i uses a stream of its own.
+        calibrated: layer index -> LayerMaps, or None.
+    """
+
+    def __init__(self, kind: str, seed: int, calibrated: Mapping[int, LayerMaps] | None = None) -> None:
+        self.kind, self.seed = kind, seed
+        self.calibrated = dict(calibrated or {})
+        self._built: dict[tuple[int, torch.device], LayerMaps] = {}
+
+    def __call__(self, layer: int, heads: int, dim: int, device: torch.device) -> LayerMaps:
+        """Maps of one layer on a device.
+
+        Raises:
+            ValueError: calibrated maps of another shape than the layer's keys.
+        """
+        found = self._built.get((layer, device))
+        if found is None:
+            found = self.calibrated.get(layer) or rotation_maps(self.kind, heads, dim, self.seed * 1_000_003 + layer)
+            found = self._built[layer, device] = found.to(device)
+        if found.key.shape != (heads, dim, dim):
+            raise ValueError(
+                f"layer {layer}: expected maps for {heads} KV heads of dim {dim}, got {tuple(found.key.shape)}; "
+                "this schedule was calibrated for another model"
+            )
+        return found
+
+    def __deepcopy__(self, memo: dict) -> "MapSource":
+        return self

@@ -1,0 +1,157 @@
+"""What is quantised and how: frozen, versioned, and the same object in Python, in config.json and in recipes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tq_ao.codebook import BITS
+from tq_ao.packing import LAYOUT_VERSION
+
+FORMAT = "turboquant"
+FORMAT_VERSION = 1
+EXACT = 16
+TRANSFORMS_FILE = "tq_ao_transforms.safetensors"
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """Code widths of one layer's keys and values: each 1, 2, 3, 4 or 8, or both 16 (kept exact).
+
+    Raises:
+        ValueError: another width, or only one side exact.
+    """
+
+    k_bits: int
+    v_bits: int
+
+    def __post_init__(self) -> None:
+        for name, bits in (("k_bits", self.k_bits), ("v_bits", self.v_bits)):
+            if bits not in (*BITS, EXACT):
+                raise ValueError(f"expected {name} in {(*BITS, EXACT)}, got {bits!r}; choose one of those widths")
+        if (self.k_bits == EXACT) != (self.v_bits == EXACT):
+            raise ValueError(
+                f"expected both or neither of k_bits, v_bits to be {EXACT}, got {self.k_bits} and {self.v_bits}; "
+                "a layer is packed or exact as a whole (8 bits is the widest packed side)"
+            )
+
+    @property
+    def exact(self) -> bool:
+        """Whether the layer keeps an ordinary cache."""
+        return self.k_bits == EXACT
+
+
+@dataclass(frozen=True)
+class TurboQuantConfig:
+    """KV-cache quantisation of a model.
+
+    Attributes:
+        bits: code width of every layer's K and V that `k_bits`, `v_bits` or `layers` do not name.
+        k_bits, v_bits: code widths of K and of V for all layers.
+        layers: layer index -> LayerScheme, for a mixed schedule; layers not named follow the uniform widths.
+        window: newest tokens kept exact (up to 31 more while a tile fills).
+        sinks: first tokens of each row kept exact.
+        rotation: "hadamard" or "dense" random rotation per (layer, KV head); unused where `transforms` holds maps.
+        seed: of the rotations.
+        transforms: name of the safetensors file with calibrated maps beside the model, or None.
+        num_layers, head_dim: of the model this was made for, checked when it is attached; None: any.
+
+    Raises:
+        ValueError: a field out of range.
+    """
+
+    bits: int = 3
+    k_bits: int | None = None
+    v_bits: int | None = None
+    layers: Mapping[int, LayerScheme] = field(default_factory=dict)
+    window: int = 128
+    sinks: int = 4
+    rotation: str = "hadamard"
+    seed: int = 0
+    transforms: str | None = None
+    num_layers: int | None = None
+    head_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        LayerScheme(self._uniform("k_bits"), self._uniform("v_bits"))
+        for name, value in (("window", self.window), ("sinks", self.sinks), ("seed", self.seed)):
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"expected {name} to be an integer >= 0, got {value!r}")
+        if self.rotation not in ("hadamard", "dense"):
+            raise ValueError(f"expected rotation 'hadamard' or 'dense', got {self.rotation!r}")
+        if self.layers and self.num_layers is not None and not all(0 <= i < self.num_layers for i in self.layers):
+            raise ValueError(f"expected layer indices below {self.num_layers}, got {sorted(self.layers)}")
+
+    def _uniform(self, side: str) -> int:
+        value = getattr(self, side)
+        return self.bits if value is None else value
+
+    def layer(self, index: int) -> LayerScheme:
+        """The scheme of a layer."""
+        return self.layers.get(index) or LayerScheme(self._uniform("k_bits"), self._uniform("v_bits"))
+
+    @classmethod
+    def from_schedule(cls, schedule: Mapping[int, tuple[int, int]], **fields: Any) -> "TurboQuantConfig":
+        """A config from layer index -> (k_bits, v_bits)."""
+        return cls(layers={i: LayerScheme(*pair) for i, pair in schedule.items()}, **fields)
+
+    def average_bits(self, layers: Sequence[int]) -> float:
+        """Mean code bits per K or V value over the given quantised layers, scales not counted."""
+        schemes = [self.layer(i) for i in layers]
+        return sum(s.k_bits + s.v_bits for s in schemes) / (2 * len(schemes)) if schemes else float(EXACT)
+
+    def resolve(self, layers: Sequence[int], num_layers: int, head_dim: int) -> "TurboQuantConfig":
+        """The same config with every quantised layer spelled out and tied to a model's shape."""
+        return replace(
+            self, layers={i: self.layer(i) for i in layers}, num_layers=num_layers, head_dim=head_dim, k_bits=None, v_bits=None
+        )
+
+    def to_scheme(self) -> dict[str, Any]:
+        """JSON form: the `kv_cache_scheme` of a checkpoint's config.json."""
+        return {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "layout_version": LAYOUT_VERSION,
+            "codec": "mse",
+            "num_bits": round(self.average_bits(sorted(self.layers)), 4) if self.layers else self.bits,
+            "bits": self.bits,
+            "layers": {str(i): {"k_bits": s.k_bits, "v_bits": s.v_bits} for i, s in sorted(self.layers.items())},
+            "window": self.window,
+            "sink_tokens": self.sinks,
+            "rotation": {"kind": self.rotation, "seed": self.seed},
+            "scale_dtype": "float16",
+            "transforms": self.transforms,
+            "num_layers": self.num_layers,
+            "head_dim": self.head_dim,
+        }
+
+    @classmethod
+    def from_scheme(cls, scheme: Mapping[str, Any]) -> "TurboQuantConfig":
+        """Inverse of `to_scheme`.
+
+        Raises:
+            ValueError: another format, a newer version or layout, an unknown codec, or a missing or unknown key.
+        """
+        known = set(cls().to_scheme())
+        if scheme.get("format") != FORMAT:
+            raise ValueError(f"expected kv_cache_scheme format {FORMAT!r}, got {scheme.get('format')!r}; this is not a tq_ao checkpoint")
+        for key, newest in (("version", FORMAT_VERSION), ("layout_version", LAYOUT_VERSION)):
+            version = scheme.get(key)
+            if not isinstance(version, int) or not 1 <= version <= newest:
+                raise ValueError(f"expected kv_cache_scheme {key} 1..{newest}, got {version!r}; upgrade tq_ao to read this checkpoint")
+        if scheme.get("codec") != "mse":
+            raise ValueError(f"expected kv_cache_scheme codec 'mse', got {scheme.get('codec')!r}; upgrade tq_ao or convert the model again")
+        if missing := known - set(scheme) - {"num_bits"}:
+            raise ValueError(f"kv_cache_scheme lacks {sorted(missing)}; convert the model again")
+        if unknown := set(scheme) - known:
+            raise ValueError(f"kv_cache_scheme has unknown keys {sorted(unknown)}; upgrade tq_ao or remove them")
+        return cls(
+            bits=scheme["bits"],
+            layers={int(i): LayerScheme(s["k_bits"], s["v_bits"]) for i, s in scheme["layers"].items()},
+            window=scheme["window"],
+            sinks=scheme["sink_tokens"],
+            rotation=scheme["rotation"]["kind"],
+            seed=scheme["rotation"]["seed"],
+            transforms=scheme["transforms"],
+            num_layers=scheme["num_layers"],
+            head_dim=scheme["head_dim"],
+        )

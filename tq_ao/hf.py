@@ -1,0 +1,195 @@
+"""Making a transformers model use a packed cache: in `generate`, in plain calls, and across save and load."""
+
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from tq_ao import attention
+from tq_ao.cache import TurboQuantCache, check_shape, head_dim, quantizable_layers
+from tq_ao.config import TRANSFORMS_FILE, TurboQuantConfig
+from tq_ao.quantizer import TurboQuantQuantizationConfig
+from tq_ao.rotation import LayerMaps, MapSource
+
+# Families whose attention rewrites K or V after the cache has returned them (latent attention and a few
+# others): a packed tensor cannot pass through there.
+UNSUPPORTED_MODELS = frozenset(
+    "deepseek_v2 deepseek_v3 deepseek_v32 axk1 axk2 glm4_moe_lite glm_moe_dsa glm5_next kimi_linear longcat_flash "
+    "minicpm3 mistral4 mistral_large4 youtu bailing_hybrid hy_v4 jetmoe dots3_note bigbird_pegasus idefics mllama "
+    "moonshine moonshine_streaming t5gemma".split()
+)
+_STATIC_STEP = 128
+
+
+class Attachment:
+    """What `model.turboquant` holds: the resolved schedule and the maps, and how to make caches from them.
+
+    Attributes:
+        quantization: the schedule, every packed layer spelled out.
+        maps: source of the layers' maps.
+    """
+
+    def __init__(self, model_config: PreTrainedConfig, quantization: TurboQuantConfig, maps: MapSource) -> None:
+        self._model_config, self.quantization, self.maps = model_config, quantization, maps
+        self._last: TurboQuantCache | None = None
+
+    def make_cache(self, max_cache_len: int | None = None) -> TurboQuantCache:
+        """A new cache: growing, or static for `max_cache_len` tokens."""
+        return TurboQuantCache(self._model_config, self.quantization, self.maps, max_cache_len)
+
+    def static_cache(self, max_cache_len: int, batch_size: int) -> TurboQuantCache:
+        """A static cache for `generate`: the last one, emptied, if it fits and nobody else kept it.
+
+        The same buffers mean the same captured graphs.  "Nobody kept it" is its reference count: ours,
+        `last`, and the argument of getrefcount.
+        """
+        size = -(-max_cache_len // _STATIC_STEP) * _STATIC_STEP
+        last = self._last
+        if last is not None and sys.getrefcount(last) <= 3 and last.get_max_length() >= size and last.batch_size in (-1, batch_size):
+            last.reset()
+            return last
+        self._last = self.make_cache(size)
+        return self._last
+
+
+def attach(
+    model: PreTrainedModel, quantization: TurboQuantConfig, calibrated: Mapping[int, LayerMaps] | None = None
+) -> PreTrainedModel:
+    """Give a model a packed KV cache, in place.
+
+    Args:
+        model: a decoder-only transformers model.
+        quantization: the schedule.
+        calibrated: layer index -> maps; None: random rotations.
+
+    Returns:
+        The model; `model.turboquant` is its Attachment.
+
+    Raises:
+        ValueError: a model whose attention cannot read packed K and V, a head_dim that is not a multiple of 32,
+            or a schedule for another shape.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type in UNSUPPORTED_MODELS or getattr(config, "kv_lora_rank", None):
+        raise ValueError(
+            f"{config.model_type}: its attention changes K or V after the cache (latent attention), so they cannot stay packed; "
+            "use a model with ordinary multi-head, grouped-query or multi-query attention"
+        )
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{config.model_type}: expected a decoder-only model, got an encoder-decoder")
+    dim, layers = head_dim(config), quantizable_layers(config)
+    if dim % 32:
+        raise ValueError(f"{config.model_type}: expected a head_dim that is a multiple of 32, got {dim}")
+    if not layers:
+        raise ValueError(f"{config.model_type}: no full-attention layers to pack (sliding-window layers keep their own small cache)")
+    check_shape(config, quantization)
+    if stray := [i for i in quantization.layers if i not in layers]:
+        raise ValueError(f"the schedule names layers {stray}, which are not full-attention layers of this model; those are {layers}")
+    resolved = quantization.resolve(layers, config.num_hidden_layers, dim)
+    attached = hasattr(model, "turboquant")
+    model.turboquant = Attachment(model.config, resolved, MapSource(resolved.rotation, resolved.seed, calibrated))
+    attention.register()
+    model.set_attn_implementation(attention.ATTENTION_NAME)
+    existing = getattr(model.config, "quantization_config", None)
+    if existing is None or isinstance(existing, TurboQuantQuantizationConfig):
+        model.config.quantization_config = TurboQuantQuantizationConfig(resolved.to_scheme())
+    else:
+        existing.kv_cache_scheme = resolved.to_scheme()
+    if not attached:
+        model._prepare_cache_for_generation = types.MethodType(_prepare_cache_for_generation, model)
+        model.save_pretrained = types.MethodType(_save_pretrained, model)
+        model.get_decoder().register_forward_pre_hook(_before_decoder(model), with_kwargs=True)
+    return model
+
+
+def quantize_kv_(model: PreTrainedModel, config: TurboQuantConfig | None = None) -> PreTrainedModel:
+    """Give a model a packed KV cache, in place and without a checkpoint (default: uniform 3 bits).
+
+    Raises:
+        ValueError: see `attach`; also a config that names a transforms file, which only a checkpoint has.
+    """
+    config = config or TurboQuantConfig()
+    if config.transforms is not None:
+        raise ValueError(f"expected transforms=None without a checkpoint, got {config.transforms!r}; load the converted model with from_pretrained")
+    return attach(model, config)
+
+
+def attach_checkpoint(model: PreTrainedModel, scheme: Mapping[str, Any]) -> PreTrainedModel:
+    """`attach` for a model just loaded from a converted checkpoint; finds its transforms file, local or on the Hub."""
+    quantization = TurboQuantConfig.from_scheme(scheme)
+    calibrated = None
+    if quantization.transforms is not None:
+        source = model.config._name_or_path
+        path = cached_file(source, quantization.transforms, revision=getattr(model.config, "_commit_hash", None))
+        calibrated = load_transforms(path)
+    return attach(model, quantization, calibrated)
+
+
+def save_transforms(path: str | Path, calibrated: Mapping[int, LayerMaps]) -> None:
+    """Write calibrated maps: one float32 tensor `layers.<i>.<name>` per map or shift (names of LayerMaps)."""
+    tensors = {f"layers.{i}.{name}": t.cpu().contiguous() for i, maps in calibrated.items() for name, t in maps.tensors().items()}
+    save_file(tensors, str(path), metadata={"format": "pt", "tq_ao": "layer maps v1"})
+
+
+def load_transforms(path: str | Path) -> dict[int, LayerMaps]:
+    """Inverse of `save_transforms`.
+
+    Raises:
+        ValueError: a layer with a map missing or unknown.
+    """
+    by_layer: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(str(path)).items():
+        _, index, name = key.split(".")
+        by_layer.setdefault(int(index), {})[name] = tensor
+    try:
+        return {i: LayerMaps(**named) for i, named in sorted(by_layer.items())}
+    except TypeError as error:
+        raise ValueError(f"{path}: not a transforms file of this version ({error}); convert the model again") from error
+
+
+def _save_pretrained(self: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+    attached = self.turboquant
+    if attached.maps.calibrated:
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        save_transforms(Path(save_directory) / (attached.quantization.transforms or TRANSFORMS_FILE), attached.maps.calibrated)
+    return type(self).save_pretrained(self, save_directory, *args, **kwargs)
+
+
+def _prepare_cache_for_generation(
+    self: PreTrainedModel, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+) -> None:
+    """Our cache unless the caller passed one, wants none, or names another kind; static where generate compiles."""
+    asked = generation_config.cache_implementation
+    if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache or asked not in (None, "dynamic", "static"):
+        return type(self)._prepare_cache_for_generation(
+            self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+    if asked == "static" or (asked is None and self.device.type == "cuda"):
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        model_kwargs["past_key_values"] = self.turboquant.static_cache(max_cache_length, rows)
+    else:
+        model_kwargs["past_key_values"] = self.turboquant.make_cache()
+
+
+def _before_decoder(model: PreTrainedModel) -> Any:
+    """Pre-hook of the decoder: a packed cache for plain calls, and each row's padding for the cache."""
+
+    def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        cache = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        use_cache = module.config.use_cache if use_cache is None else use_cache
+        if cache is None and use_cache and not torch.is_grad_enabled():
+            cache = kwargs["past_key_values"] = model.turboquant.make_cache()
+        if isinstance(cache, TurboQuantCache):
+            tokens = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+            tokens = args[0] if tokens is None else tokens
+            cache.observe_mask(kwargs.get("attention_mask"), tokens.shape[1])
+        return args, kwargs
+
+    return hook

@@ -1,0 +1,96 @@
+"""`quant_method: "turboquant"` for transformers: the weights stay as they are, the KV cache becomes packed.
+
+Loaded while transformers itself may still be importing (see `_import_hook`), so it takes only transformers'
+quantizer bases; everything else is imported when a model is loaded.
+"""
+
+from typing import Any
+
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin, TorchAoConfig
+
+from tq_ao.config import FORMAT, FORMAT_VERSION, TurboQuantConfig
+
+
+class TurboQuantQuantizationConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a converted checkpoint.
+
+    Args:
+        kv_cache_scheme: JSON form of a TurboQuantConfig.
+        version: format version.
+
+    Raises:
+        ValueError: a version or scheme this tq_ao cannot read.
+    """
+
+    def __init__(self, kv_cache_scheme: dict[str, Any] | None = None, version: int = FORMAT_VERSION, **kwargs: Any) -> None:
+        self.quant_method = FORMAT
+        if version != FORMAT_VERSION:
+            raise ValueError(f"expected turboquant version {FORMAT_VERSION}, got {version!r}; upgrade tq_ao to read this checkpoint")
+        if kv_cache_scheme is None:
+            raise ValueError("quantization_config lacks kv_cache_scheme; convert the model again")
+        self.version = version
+        self.kv_cache_scheme = dict(kv_cache_scheme)
+        TurboQuantConfig.from_scheme(self.kv_cache_scheme)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": FORMAT, "version": self.version, "kv_cache_scheme": self.kv_cache_scheme}
+
+
+class TurboQuantHfQuantizer(HfQuantizer):
+    """Attaches the packed cache after the weights are loaded; touches no weight."""
+
+    requires_calibration = False
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from tq_ao import hf
+
+        return hf.attach_checkpoint(model, self.quantization_config.kv_cache_scheme)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class TorchAoWithKVConfig(TorchAoConfig):
+    """torchao's weight quantisation with our `kv_cache_scheme` beside it in the same dict."""
+
+    def __init__(self, *args: Any, kv_cache_scheme: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if kv_cache_scheme is not None:
+            TurboQuantConfig.from_scheme(kv_cache_scheme)
+            self.kv_cache_scheme = kv_cache_scheme
+
+
+class TorchAoWithKVHfQuantizer(TorchAoHfQuantizer):
+    """torchao's quantizer; attaches the packed cache when the checkpoint carries a `kv_cache_scheme`."""
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model = super()._process_model_after_weight_loading(model, **kwargs) or model
+        scheme = getattr(self.quantization_config, "kv_cache_scheme", None)
+        if scheme is None:
+            return model
+        from tq_ao import hf
+
+        return hf.attach_checkpoint(model, scheme)
+
+
+if FORMAT not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(FORMAT)(TurboQuantQuantizationConfig)
+    register_quantizer(FORMAT)(TurboQuantHfQuantizer)
+    AUTO_QUANTIZATION_CONFIG_MAPPING["torchao"] = TorchAoWithKVConfig
+    AUTO_QUANTIZER_MAPPING["torchao"] = TorchAoWithKVHfQuantizer

@@ -1,0 +1,17 @@
+"""Errors a user can act on: scripts print `error: <message>` and exit 1."""
+
+
+class TurboQuantError(Exception):
+    """Base class.  str() is one line: what was expected, what came, what to do."""
+
+
+class ModelError(TurboQuantError):
+    """A model name that does not resolve, is not reachable, or is not supported."""
+
+
+class TextError(TurboQuantError):
+    """Calibration or evaluation text that is missing, empty or too short."""
+
+
+class HubError(TurboQuantError):
+    """The Hub refused, was not reachable, or an upload broke off."""

@@ -6,21 +6,17 @@ wrapper that already exists and then reading through the wrapper reads the old d
 """
 
 import hashlib
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.prototype.safetensors import safetensors_utils
 from torchao.utils import TorchAOBaseTensor
 
-from tq_ao import ops
+from tq_ao import ops, tensor_ops
 from tq_ao.codebook import ROLES, Role
 from tq_ao.packing import LAYOUT_VERSION, TILE
 from tq_ao.reference import bits_of
 from tq_ao.rotation import LayerMaps, rotation_maps
-
-aten = torch.ops.aten
 
 
 class TurboQuantTensor(TorchAOBaseTensor):
@@ -52,10 +48,10 @@ class TurboQuantTensor(TorchAOBaseTensor):
     Not differentiable.  Operations that would need dense data raise NotImplementedError.
     """
 
-    tensor_data_names = ["codes", "scales", "encode_map", "decode_map", "shift"]
-    tensor_attribute_names = ["role", "seq_len", "window", "dtype"]
-    optional_tensor_data_names = ["sinks", "recent", "new", "length", "start"]
-    optional_tensor_attribute_names = ["layout_version"]
+    tensor_data_names: ClassVar[list[str]] = ["codes", "scales", "encode_map", "decode_map", "shift"]
+    tensor_attribute_names: ClassVar[list[str]] = ["role", "seq_len", "window", "dtype"]
+    optional_tensor_data_names: ClassVar[list[str]] = ["sinks", "recent", "new", "length", "start"]
+    optional_tensor_attribute_names: ClassVar[list[str]] = ["layout_version"]
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -67,7 +63,7 @@ class TurboQuantTensor(TorchAOBaseTensor):
     window: int
     sinks: torch.Tensor | None
     recent: torch.Tensor | None
-    new: torch.Tensor | None  # type: ignore[assignment]  # shadows the legacy constructor Tensor.new
+    new: torch.Tensor | None  # shadows the legacy constructor Tensor.new
     length: torch.Tensor | None
     start: torch.Tensor | None
     layout_version: int
@@ -83,12 +79,8 @@ class TurboQuantTensor(TorchAOBaseTensor):
         seq_len: int,
         window: int,
         dtype: torch.dtype,
-        sinks: torch.Tensor | None = None,
-        recent: torch.Tensor | None = None,
-        new: torch.Tensor | None = None,
-        length: torch.Tensor | None = None,
-        start: torch.Tensor | None = None,
-        layout_version: int = LAYOUT_VERSION,
+        *_: Any,
+        **__: Any,
     ) -> "TurboQuantTensor":
         shape = (*codes.shape[:-2], seq_len, shift.shape[-1])
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device, requires_grad=False)
@@ -114,11 +106,9 @@ class TurboQuantTensor(TorchAOBaseTensor):
         super().__init__()
         if role not in ROLES:
             raise ValueError(f"expected role in {ROLES}, got {role!r}; keys and values are laid out differently")
-        if layout_version != LAYOUT_VERSION:
-            raise ValueError(
-                f"expected codes in layout version {LAYOUT_VERSION}, got {layout_version}; "
-                "read them with the tq_ao release that wrote them and quantise again"
-            )
+        if len({t is None for t in (sinks, recent, length, start)}) > 1:
+            raise ValueError("expected all or none of sinks, recent, length and start; a cache has all of them")
+        _check_layout(layout_version)
         self.codes = codes
         self.scales = scales
         self.encode_map = encode_map
@@ -156,7 +146,9 @@ class TurboQuantTensor(TorchAOBaseTensor):
             ValueError: wrong rank or dtype of x, unsupported bits, role or head dim, maps of another shape.
         """
         if x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(f"expected floating point x [B, H, S, D], got {x.dtype} {tuple(x.shape)}; reshape it first")
+            raise ValueError(
+                f"expected floating point x [B, H, S, D], got {x.dtype} {tuple(x.shape)}; reshape it first"
+            )
         if role not in ROLES:
             raise ValueError(f"expected role in {ROLES}, got {role!r}; keys and values are laid out differently")
         _, heads, tokens, dim = x.shape
@@ -242,7 +234,7 @@ class TurboQuantTensor(TorchAOBaseTensor):
             parts.append(f"{name}:{t.dtype}:{tuple(t.shape)}:{t.stride()}:{t.device}")
         return hashlib.blake2b("|".join(parts).encode(), digest_size=16).hexdigest()
 
-    def _replace(self, **changes: Any) -> "TurboQuantTensor":
+    def replace(self, **changes: Any) -> "TurboQuantTensor":
         """The same tensor with some of its data or attributes exchanged."""
         required = (getattr(self, name) for name in self.tensor_data_names + self.tensor_attribute_names)
         values = dict(zip(self.tensor_data_names + self.tensor_attribute_names, required, strict=True))
@@ -256,121 +248,18 @@ class TurboQuantTensor(TorchAOBaseTensor):
     ) -> Any:
         handler = cls._ATEN_OP_TABLE[cls].get(func)
         if handler is None:
-            raise NotImplementedError(f"{cls.__name__} does not implement {func}; call .dequantize() to get a dense tensor")
+            raise NotImplementedError(
+                f"{cls.__name__} does not implement {func}; call .dequantize() to get a dense tensor"
+            )
         return handler(func, types, args, kwargs or {})
 
 
-implements = TurboQuantTensor.implements
-implements_torch_function = TurboQuantTensor.implements_torch_function
-
-_PER_TOKEN = ("codes", "scales", "sinks", "recent", "new")  # [B, H, ...]
-_PER_HEAD = ("encode_map", "decode_map", "shift")  # [H, ...]
-
-
-def _map_dim(x: TurboQuantTensor, dim: int, fn: Callable[[torch.Tensor, int], torch.Tensor], op: str) -> TurboQuantTensor:
-    """Apply fn(tensor, dim) to every inner tensor that has logical dimension `dim`, batch or heads."""
-    axis = dim % x.dim() + 4 - x.dim()
-    if axis > 1:
-        raise NotImplementedError(
-            f"{type(x).__name__} does not implement {op} along dim {dim} of {tuple(x.shape)}; only the batch and head "
-            "dimensions are stored apart, call .dequantize() to get a dense tensor"
+def _check_layout(version: int | None) -> None:
+    if version != LAYOUT_VERSION:
+        raise ValueError(
+            f"expected codes in layout version {LAYOUT_VERSION}, got {version}; "
+            "dequantize them with the tq_ao release that wrote them and quantise again"
         )
-    dims = dict.fromkeys(_PER_TOKEN, dim % x.dim())
-    dims |= {"start": 0} if axis == 0 else dict.fromkeys(_PER_HEAD, 0)
-    return x._replace(**{name: fn(t, d) for name, d in dims.items() if (t := getattr(x, name)) is not None})
-
-
-def _slice_tokens(x: TurboQuantTensor, start: int, end: int) -> TurboQuantTensor:
-    if x.length is not None:
-        raise NotImplementedError(
-            f"{type(x).__name__} of a cache cannot be sliced along the sequence: its sinks and ring sit at fixed "
-            "positions; crop the cache, or call .dequantize() and slice the dense tensor"
-        )
-    if start % TILE or (end % TILE and end != x.seq_len):
-        raise NotImplementedError(
-            f"{type(x).__name__} is packed in tiles of {TILE} tokens: slice along the sequence at multiples of "
-            f"{TILE} (got {start}:{end}), or call .dequantize() and slice the dense tensor"
-        )
-    tiles, dim = slice(start // TILE, -(-end // TILE)), x.dim() - 2
-    narrowed = {n: aten.slice.Tensor(getattr(x, n), dim, tiles.start, tiles.stop) for n in ("codes", "scales")}
-    return x._replace(**narrowed, seq_len=end - start)
-
-
-@implements(aten.slice.Tensor)
-def _slice(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
-    size = x.shape[dim]
-    start, end, step = slice(start, end, step).indices(size)
-    end = max(start, end)
-    if dim % x.dim() == x.dim() - 2 and step == 1:
-        out = _slice_tokens(x, start, end)
-    elif (start, end, step) == (0, size, 1):
-        out = x._apply_fn_to_data(aten.alias.default)
-    else:
-        out = _map_dim(x, dim, lambda t, d: aten.slice.Tensor(t, d, start, end, step), "slice")
-    return return_and_correct_aliasing(func, args, kwargs, out)
-
-
-@implements(aten.select.int)
-def _select(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, dim, index = args
-    if x.dim() != 4 or dim % x.dim():
-        raise NotImplementedError(
-            f"{type(x).__name__} selects along the batch dimension of [B, H, S, D] only, got dim {dim} of "
-            f"{tuple(x.shape)}; use a slice of length 1, or call .dequantize()"
-        )
-    out = _map_dim(x, 0, lambda t, d: aten.select.int(t, d, index), "select")
-    return return_and_correct_aliasing(func, args, kwargs, out)
-
-
-@implements(aten.unsqueeze.default)
-def _unsqueeze(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, dim = args
-    if x.dim() != 3 or dim not in (0, -4):
-        raise NotImplementedError(
-            f"{type(x).__name__} unsqueezes [H, S, D] at dim 0 only, got dim {dim} of {tuple(x.shape)}; "
-            "call .dequantize() to get a dense tensor"
-        )
-    per_batch = (name for name in (*_PER_TOKEN, "start") if getattr(x, name) is not None)
-    out = x._replace(**{name: getattr(x, name).unsqueeze(0) for name in per_batch})
-    return return_and_correct_aliasing(func, args, kwargs, out)
-
-
-@implements(aten.index_select.default)
-def _index_select(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, dim, index = args
-    return _map_dim(x, dim, lambda t, d: t.index_select(d, index), "index_select")
-
-
-@implements([aten._to_copy.default, aten.to.dtype_layout])
-def _to(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Device moves everything; dtype changes the logical dtype and the exact tokens, never codes or maps."""
-    x = args[0]
-    dtype = kwargs.get("dtype") or x.dtype
-    if not dtype.is_floating_point:
-        raise NotImplementedError(f"{type(x).__name__} is floating point, got dtype {dtype}; call .dequantize() first")
-    where = {"device": kwargs.get("device") or x.device, "non_blocking": kwargs.get("non_blocking", False)}
-    copy = func is aten._to_copy.default
-    moved: dict[str, Any] = {}
-    for name in x.__tensor_flatten__()[0]:
-        exact = {"dtype": dtype} if name in ("sinks", "recent", "new") else {}
-        moved[name] = getattr(x, name).to(**where, **exact, copy=copy)
-    return return_and_correct_aliasing(func, args, kwargs, x._replace(**moved, dtype=dtype))
-
-
-@implements(aten.copy_.default)
-def _copy_(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, source = args[:2]
-    names, attributes = x.__tensor_flatten__()
-    if not isinstance(source, TurboQuantTensor) or source.__tensor_flatten__() != (names, attributes):
-        raise ValueError(f"expected copy_ from a packed tensor like {x!r}, got {_describe(source)}; use from_hp")
-    for name in names:
-        if getattr(x, name).shape != getattr(source, name).shape:
-            shapes = tuple(getattr(x, name).shape), tuple(getattr(source, name).shape)
-            raise ValueError(f"expected copy_ between equal shapes, {name!r} has {shapes[0]} and {shapes[1]}")
-    for name in names:
-        getattr(x, name).copy_(getattr(source, name), *args[2:], **kwargs)
-    return x
 
 
 def packed_attention(
@@ -398,10 +287,18 @@ def packed_attention(
     """
     for name, tensor, role in (("key", k, "key"), ("value", v, "value")):
         if tensor.role != role:
-            raise ValueError(f"expected the {name} argument to have role {role!r}, got {tensor.role!r}; swap or re-encode it")
+            raise ValueError(
+                f"expected the {name} argument to have role {role!r}, got {tensor.role!r}; swap or re-encode it"
+            )
         if tensor.dim() != 4:
-            raise ValueError(f"expected the {name} argument to be [B, H, S, D], got {tuple(tensor.shape)}; use unsqueeze(0)")
-    if k.shape != v.shape or k.window != v.window or (k.new is None, k.length is None) != (v.new is None, v.length is None):
+            raise ValueError(
+                f"expected the {name} argument to be [B, H, S, D], got {tuple(tensor.shape)}; use unsqueeze(0)"
+            )
+    if (
+        k.shape != v.shape
+        or k.window != v.window
+        or (k.new is None, k.length is None) != (v.new is None, v.length is None)
+    ):
         raise ValueError(f"expected key and value of one layer, got {k!r} and {v!r}; build both from the same cache")
     batch, heads, _, dim = k.shape
     if q.dim() != 4 or q.shape[0] != batch or q.shape[3] != dim or q.shape[1] % heads:
@@ -428,7 +325,7 @@ def packed_attention(
     return ops.extend_attention(q, k.new, v.new, *cache, softcap=softcap, sink_logits=sink_logits, impl=impl)
 
 
-@implements_torch_function(torch.nn.functional.scaled_dot_product_attention)
+@TurboQuantTensor.implements_torch_function(torch.nn.functional.scaled_dot_product_attention)
 def _scaled_dot_product_attention(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     return _sdpa(*args, **kwargs)
 
@@ -446,21 +343,23 @@ def _sdpa(
     """F.scaled_dot_product_attention with packed key and value; see `packed_attention`."""
     if isinstance(query, TurboQuantTensor):
         raise ValueError("expected a dense query, got a TurboQuantTensor; only key and value are packed")
-    for name, tensor in (("key", key), ("value", value)):
-        if not isinstance(tensor, TurboQuantTensor):
-            raise ValueError(f"expected {name} to be a TurboQuantTensor like its partner, got {type(tensor).__name__}; use from_hp")
+    if not isinstance(key, TurboQuantTensor) or not isinstance(value, TurboQuantTensor):
+        name = "value" if isinstance(key, TurboQuantTensor) else "key"
+        raise ValueError(f"expected {name} to be a TurboQuantTensor like its partner, got a dense tensor; use from_hp")
     if attn_mask is not None:
         raise ValueError(
-            f"expected attn_mask=None with packed keys, got {attn_mask.dtype} {tuple(attn_mask.shape)}; left padding is "
-            "the tensor's `start` and causality its `new`; for any other mask dequantize() key and value"
+            f"expected attn_mask=None with packed keys, got {attn_mask.dtype} {tuple(attn_mask.shape)}; left padding "
+            "is the tensor's `start` and causality its `new`; for any other mask dequantize() key and value"
         )
     if dropout_p:
         raise ValueError(f"expected dropout_p=0 with packed keys, got {dropout_p}; attention over a cache is inference")
     if query.dtype != key.dtype:
-        raise ValueError(f"expected query in the keys' dtype {key.dtype}, got {query.dtype}; convert it with .to({key.dtype})")
+        raise ValueError(
+            f"expected query in the keys' dtype {key.dtype}, got {query.dtype}; convert it with .to({key.dtype})"
+        )
     if query.dim() == key.dim() == 4 and query.shape[1] != key.shape[1] and not enable_gqa:
         raise ValueError(
-            f"expected {key.shape[1]} query heads, got {query.shape[1]}; pass enable_gqa=True to share key heads in groups"
+            f"expected {key.shape[1]} query heads, got {query.shape[1]}; pass enable_gqa=True to share key heads"
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     several = query.dim() == 4 and query.shape[2] > 1
@@ -473,8 +372,8 @@ def _sdpa(
         return packed_attention(query, key, value, scale)
     if is_causal:
         raise ValueError(
-            "expected is_causal=False, got True: the queries' positions relative to these packed keys are unknown; keep "
-            "the queries' own keys exact in `new` (a cache does), or drop is_causal to let every query see every key"
+            "expected is_causal=False, got True: where the queries stand among these keys is unknown; keep the "
+            "queries' own keys exact in `new` (a cache does), or drop is_causal: every query sees every key"
         )
     if not several:
         return packed_attention(query, key, value, scale)
@@ -483,10 +382,18 @@ def _sdpa(
     return packed_attention(query.reshape(batch, heads * q_len, 1, dim), key, value, scale).view_as(query)
 
 
-def _describe(x: torch.Tensor) -> str:
-    return repr(x) if isinstance(x, TurboQuantTensor) else f"{type(x).__name__} {x.dtype} {tuple(x.shape)}"
+_set_state = TurboQuantTensor.__setstate__
 
 
+def _set_checked_state(self: TurboQuantTensor, state: Any) -> None:
+    """Unpickling does not run __init__, so files of another layout are refused here."""
+    _set_state(self, state)
+    _check_layout(self.layout_version)
+
+
+TurboQuantTensor.__setstate__ = _set_checked_state
+for _op, _handler in tensor_ops.HANDLERS.items():
+    TurboQuantTensor.implements(_op)(_handler)
 torch.serialization.add_safe_globals([TurboQuantTensor])
 safetensors_utils.ALLOWED_CLASSES[TurboQuantTensor.__name__] = TurboQuantTensor
 safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append(TurboQuantTensor.__name__)

@@ -174,12 +174,13 @@ class TurboQuantTensor(TorchAOBaseTensor):
         """
         if self.dim() == 3:
             return self.unsqueeze(0).dequantize(output_dtype)[0]
+        dtype = output_dtype or self.dtype
         batch, heads, tokens, dim = self.shape
         y = ops.decode(self.codes, self.scales, dim, self.role)
         inverse = self.decode_map.mT if self.role == "key" else self.decode_map
-        x = (y @ inverse + self.shift[:, None]).to(self.dtype)
+        x = (y @ inverse + self.shift[:, None]).to(dtype)
         if self.length is None or self.start is None or self.sinks is None or self.recent is None:
-            return x[:, :, :tokens].to(output_dtype or self.dtype)
+            return x[:, :, :tokens]
         sinks, capacity = self.sinks.shape[2], self.recent.shape[2]
         position = torch.arange(tokens, device=self.device)
         t = position - self.start[:, None]  # [B, S]
@@ -191,7 +192,7 @@ class TurboQuantTensor(TorchAOBaseTensor):
             index = index.clamp(0, source.shape[2] - 1)[:, None, :, None].expand(batch, heads, tokens, dim)
             return source.gather(2, index)
 
-        out = torch.zeros(batch, heads, tokens, dim, dtype=self.dtype, device=self.device)
+        out = torch.zeros(batch, heads, tokens, dim, dtype=dtype, device=self.device)
         parts = [(x, u, (u >= 0) & (u < packed)), (self.sinks, t, (t >= 0) & (t < sinks) & (t < n))]
         if capacity:
             parts.append((self.recent, u % capacity, (u >= packed) & (u >= 0) & (t < n)))
@@ -200,8 +201,8 @@ class TurboQuantTensor(TorchAOBaseTensor):
             parts.append((self.new, i, (i >= 0) & (i < self.new.shape[2]) & (t >= 0)))
         for source, index, where in parts:
             if source.shape[2]:
-                out = torch.where(where[:, None, :, None], rows(source.to(self.dtype), index), out)
-        return out.to(output_dtype or self.dtype)
+                out = torch.where(where[:, None, :, None], rows(source.to(dtype), index), out)
+        return out
 
     @property
     def bits(self) -> int:

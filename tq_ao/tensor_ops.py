@@ -42,6 +42,7 @@ def _slice_tokens(x: "TurboQuantTensor", start: int, end: int) -> "TurboQuantTen
             f"{type(x).__name__} of a cache cannot be sliced along the sequence: its sinks and ring sit at fixed "
             "positions; crop the cache, or call .dequantize() and slice the dense tensor"
         )
+    start, end = (start, end) if start < end else (0, 0)
     if start % TILE or (end % TILE and end != x.seq_len):
         raise NotImplementedError(
             f"{type(x).__name__} is packed in tiles of {TILE} tokens: slice along the sequence at multiples of "

@@ -17,7 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-
+pytest_plugins = ["hub_server"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -102,7 +102,7 @@ def resolve(name: str, token: str | None = None, cache_dir: str | Path | None = 
         raise ModelError(f"{name!r} has no config.json: expected the folder of a transformers model (safetensors)")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         _fetch(name, "config.json", token)
-        return ResolvedModel(name, name.split("/")[1].lower(), name, _license(_card(name, token)), False)
+        return ResolvedModel(name, name.split("/")[1].lower(), name, _card(name, token).get("license"), False)
     if "/" in name or "\\" in name or name.startswith((".", "~")):
         raise ModelError(f"{name!r} does not exist: give a model folder, a Hub id 'org/name', or a short name")
     raise ModelError(f"unknown model {name!r}{_near(name)}: give a short name, a local folder, or a Hub id 'org/name'")
@@ -125,7 +125,7 @@ def _local(folder: Path) -> ResolvedModel:
     base = metadata.get("base_model")
     base = base[0] if isinstance(base, list) and base else base
     base = base if isinstance(base, str) else None
-    return ResolvedModel(str(folder), folder.resolve().name, base, _license(metadata), True)
+    return ResolvedModel(str(folder), folder.resolve().name, base, metadata.get("license"), True)
 
 
 def _metadata(readme: Path | None) -> dict[str, Any]:
@@ -135,14 +135,6 @@ def _metadata(readme: Path | None) -> dict[str, Any]:
     if readme is None or not readme.is_file():
         return {}
     return metadata_load(readme) or {}
-
-
-def _license(metadata: dict[str, Any]) -> str | None:
-    """`license`, or for `license: other` its `license_name`."""
-    license = metadata.get("license")
-    if license == "other":
-        license = metadata.get("license_name", license)
-    return license if isinstance(license, str) else None
 
 
 def _card(hub_id: str, token: str | None) -> dict[str, Any]:

@@ -1,0 +1,22 @@
+"""Calibration: which maps and how many bits each layer's K and V get.
+
+    layers = {i: rotation_maps("hadamard", kv_heads, head_dim, seed_of(i)) for i in quantised_layers}
+    result = calibrate(model, calibration_windows, layers, bits=3.0, window=128, sinks=4,
+                       maps="auto",                     # or "plain": TurboQuant's rotations, schedule only
+                       verification=held_out_windows,   # joint check; falls back to uniform if it does not win
+                       repair_evaluations=0, journal=path, seed=0, progress=True, report=print)
+    result.schedule   {layer: (k_bits, v_bits)}         result.maps  {layer: LayerMaps} or None (plain)
+    result.table      {(layer, "key"|"value", bits): KL}  result.chosen / .uniform  Metrics, .fell_back
+
+Steps, each a function of its own: `trace` (capture.py) runs a window and returns q, k, v, output and gradient of
+every layer; `collect` gathers statistics; `choose_variants` picks maps; `sensitivity` scores layers; `knapsack`
+allocates; `repair` improves by measured swaps; `evaluation.evaluator.Evaluator` measures.
+"""
+
+from tq_ao.calibration.allocation import Shape, knapsack
+from tq_ao.calibration.calibrate import CalibrationResult, calibrate, collect
+from tq_ao.calibration.repair import repair
+from tq_ao.calibration.sensitivity import METRICS, sensitivity
+from tq_ao.calibration.variants import choose_variants
+
+__all__ = ["METRICS", "CalibrationResult", "Shape", "calibrate", "choose_variants", "collect", "knapsack", "repair", "sensitivity"]

@@ -1,0 +1,179 @@
+"""The whole calibration: statistics, maps per layer, sensitivities, bits per layer, measured check and repair."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tq_ao.calibration.allocation import Schedule, Shape, knapsack, uniform
+from tq_ao.calibration.capture import trace
+from tq_ao.calibration.journal import Journal
+from tq_ao.calibration.repair import Repair, repair
+from tq_ao.calibration.sensitivity import Metric, Table, bar, device_of, sensitivity
+from tq_ao.calibration.statistics import LayerStatistics, accumulate, readout_gram
+from tq_ao.calibration.variants import Choice, choose_variants
+from tq_ao.evaluation.evaluator import Evaluator
+from tq_ao.evaluation.metrics import SKIP, Metrics
+from tq_ao.evaluation.simulate import LayerPlan
+from tq_ao.rotation import LayerMaps
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """What `calibrate` decided, and why.
+
+    Attributes:
+        schedule: layer -> (k_bits, v_bits) for every quantised layer.
+        maps: layer -> calibrated LayerMaps (CPU), or None for plain TurboQuant rotations.
+        table: (layer, "key" | "value", bits) -> estimated KL in nats.
+        variants: layer -> (key variant, value variant), empty with plain maps.
+        average_bits: code bits per value of `schedule`.
+        chosen, uniform: measured Metrics on `verification` windows of the schedule and of the uniform schedule of
+            the same (rounded-down) width with plain maps, or None if verification was switched off.
+        fell_back: the uniform schedule won the measurement and was taken instead.
+        repair: what measured swaps changed, or None.
+    """
+
+    schedule: Schedule
+    maps: dict[int, LayerMaps] | None
+    table: Table
+    variants: dict[int, tuple[str, str]]
+    average_bits: float
+    chosen: Metrics | None = None
+    uniform: Metrics | None = None
+    fell_back: bool = False
+    repair: Repair | None = None
+    choices: list[Choice] = field(default_factory=list)
+
+
+def calibrate(
+    model: torch.nn.Module,
+    windows: torch.Tensor,
+    layers: Mapping[int, LayerMaps],
+    *,
+    bits: float,
+    widths: Sequence[int] = (1, 2, 3, 4),
+    window: int = 128,
+    sinks: int = 4,
+    maps: Literal["plain", "auto"] = "auto",
+    metric: Metric = "taylor",
+    verification: torch.Tensor | None = None,
+    repair_evaluations: int = 0,
+    stride: int = 2,
+    seed: int = 0,
+    journal: str | Path | None = None,
+    progress: bool = False,
+    report: Callable[[str], None] | None = None,
+) -> CalibrationResult:
+    """Choose maps and bits for the quantised layers of a model.
+
+    Args:
+        model: transformers causal LM in eval mode, float32 or bfloat16.
+        windows: int64 [n, N], n >= 3, calibration text; the first two thirds give the statistics (with plain maps
+            there are none and all windows give sensitivities), the rest the sensitivities.
+        layers: layer index -> its plain maps (what the cache would use uncalibrated); exactly these are quantised.
+        bits: budget, average code bits per value.
+        widths: code widths on offer.
+        maps: "plain" keeps `layers`' maps; "auto" calibrates and chooses a variant per layer.
+        metric: sensitivity the allocation uses.
+        verification: int64 [m, N] text not in `windows`; the schedule must beat uniform there or is dropped for it.
+        repair_evaluations: measured swaps to try, on the sensitivity windows.
+        stride: positions evaluated in measurements (1 is all).
+        journal: file that lets a killed run continue; give a different one per model.
+        progress: tqdm bars.  report: called with one-line messages.
+
+    Returns:
+        CalibrationResult.
+
+    Raises:
+        ValueError: too few windows, or a budget no schedule fits.
+    """
+    if windows.shape[0] < 3:
+        raise ValueError(f"expected at least 3 calibration windows, got {windows.shape[0]}; give more text or shorter windows")
+    say = report or (lambda message: None)
+    log = Journal(journal, _fingerprint(model, windows, maps, metric, window, sinks, seed, widths)) if journal else None
+    shape = Shape({i: tuple(m.key_shift.shape) for i, m in layers.items()})  # type: ignore[misc]
+    device = device_of(model)
+    plain = {i: m.to(device) for i, m in layers.items()}
+    chosen_maps, variants, choices = plain, {}, []
+    text = windows
+    if maps == "auto":
+        split = max(1, windows.shape[0] * 2 // 3)
+        text = windows[split:]
+        statistics = collect(
+            model, windows[:split], sorted(layers), window=window, sinks=sinks, seed=seed, gradient=True, progress=progress
+        )
+        choices = choose_variants(
+            model, text, plain, statistics, window=window, sinks=sinks, seed=seed, progress=progress, journal=log
+        )
+        chosen_maps = {c.layer: c.maps for c in choices}
+        variants = {c.layer: (c.key_variant, c.value_variant) for c in choices}
+        del statistics
+    table = sensitivity(
+        model, text, chosen_maps, metric, bits=widths, window=window, sinks=sinks, seed=seed, journal=log, progress=progress
+    )
+    schedule = knapsack(table, shape, bits, bits=widths)
+    say(f"additive schedule: {shape.average(schedule):.3f} bits, predicted KL {_predicted(table, schedule):.5f}")
+
+    def plans(s: Schedule, m: Mapping[int, LayerMaps]) -> dict[int, LayerPlan]:
+        return {i: LayerPlan(*pair, m[i]) for i, pair in s.items()}
+
+    fixed: Repair | None = None
+    if repair_evaluations:
+        evaluate = Evaluator(model, text, window=window, sinks=sinks, stride=stride)
+        fixed = repair(
+            schedule, lambda s: evaluate(plans(s, chosen_maps)).kl, table, shape, bits, evaluations=repair_evaluations, bits=widths,
+            report=lambda move, value, accepted: say(f"{move}: KL {value:.5f} {'kept' if accepted else 'undone'}"),
+        )  # fmt: skip
+        schedule = fixed.schedule
+    result = CalibrationResult(
+        schedule, {i: m.to("cpu") for i, m in chosen_maps.items()} if maps == "auto" else None, table, variants,
+        shape.average(schedule), repair=fixed, choices=choices,
+    )  # fmt: skip
+    if verification is None:
+        return result
+    check = Evaluator(model, verification, window=window, sinks=sinks, stride=stride)
+    mine, base = check(plans(schedule, chosen_maps)), check(plans(uniform(shape, _width_below(bits, widths)), plain))
+    say(f"held-out KL {mine.kl:.5f} at {result.average_bits:.2f} bits, uniform {_width_below(bits, widths)} plain {base.kl:.5f}")
+    if mine.kl < base.kl:
+        return CalibrationResult(**{**result.__dict__, "chosen": mine, "uniform": base})
+    flat = uniform(shape, _width_below(bits, widths))
+    return CalibrationResult(flat, None, table, {}, shape.average(flat), base, base, True, fixed, choices)
+
+
+def collect(
+    model: torch.nn.Module, windows: torch.Tensor, layers: Sequence[int], *, window: int, sinks: int, seed: int,
+    gradient: bool = True, progress: bool = False,
+) -> dict[int, LayerStatistics]:  # fmt: skip
+    """Statistics of the given layers over windows [n, N], one window at a time."""
+    statistics = {i: LayerStatistics() for i in layers}
+    for n, ids in enumerate(bar(windows.split(1), "statistics", progress)):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + 500_009 + n)
+        traces = trace(model, ids.to(device_of(model)), gradient=gradient, generator=generator, skip=SKIP)
+        for i in layers:
+            accumulate(statistics[i], traces.pop(i), window, sinks)
+    for module in model.modules():
+        i = getattr(module, "layer_idx", None)
+        if i in statistics and hasattr(module, "o_proj"):
+            heads, dim = next(iter(statistics[i].moments.values())).first.shape
+            statistics[i].readout = readout_gram(module.o_proj.weight.detach(), heads, dim)
+    return statistics
+
+
+def _predicted(table: Table, schedule: Schedule) -> float:
+    return sum(table[i, "key", k] + table[i, "value", v] for i, (k, v) in schedule.items())
+
+
+def _width_below(bits: float, widths: Sequence[int]) -> int:
+    """The widest uniform schedule within the budget."""
+    return max((b for b in widths if b <= bits), default=min(widths))
+
+
+def _fingerprint(model: torch.nn.Module, windows: torch.Tensor, *settings: object) -> list[object]:
+    first = next(model.parameters())
+    return [
+        type(model).__name__, sum(p.numel() for p in model.parameters()), first.float().sum().item(),
+        list(windows.shape), int((windows * torch.arange(1, windows.numel() + 1).view_as(windows)).sum()), str(settings),
+    ]  # fmt: skip

@@ -1,0 +1,48 @@
+"""Measure schedules against the exact model on fixed windows, keeping the exact logits."""
+
+from collections.abc import Mapping
+
+import torch
+
+from tq_ao.calibration.capture import exact, intercept
+from tq_ao.evaluation.metrics import SKIP, Metrics, TokenScores, score, summarize
+from tq_ao.evaluation.simulate import LayerPlan, handler
+
+
+class Evaluator:
+    """Simulated KL, perplexity and agreement of layer plans on some windows.
+
+    Args:
+        model: transformers causal LM in eval mode.
+        windows: int64 [n, N], evaluated one by one.
+        window, sinks: of the simulated cache.
+        stride: evaluate every stride-th position from `skip` on (the text is still read whole).
+        skip: first position evaluated.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, windows: torch.Tensor, *, window: int, sinks: int, stride: int = 1, skip: int = SKIP
+    ) -> None:
+        self.model, self.windows, self.window, self.sinks = model, windows, window, sinks
+        self.positions = torch.arange(min(skip, windows.shape[1] - 1), windows.shape[1], stride)
+        self.evaluations = 0
+        self._exact = [self._logits(row, None) for row in windows.split(1)]
+
+    @torch.no_grad()
+    def _logits(self, ids: torch.Tensor, plans: Mapping[int, LayerPlan] | None) -> torch.Tensor:
+        device = next(self.model.parameters()).device
+        attention = exact if plans is None else handler(plans, window=self.window, sinks=self.sinks)
+        with intercept(self.model, attention):
+            return self.model(ids.to(device), use_cache=False, logits_to_keep=self.positions.to(device)).logits
+
+    def scores(self, plans: Mapping[int, LayerPlan]) -> list[TokenScores]:
+        """Per-position results of each window."""
+        self.evaluations += 1
+        return [
+            score(reference, self._logits(ids, plans), ids, self.positions)
+            for ids, reference in zip(self.windows.split(1), self._exact, strict=True)
+        ]
+
+    def __call__(self, plans: Mapping[int, LayerPlan]) -> Metrics:
+        """Metrics of a schedule: layer -> plan; layers without a plan stay exact."""
+        return summarize(self.scores(plans))

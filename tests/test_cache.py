@@ -1,0 +1,403 @@
+"""TurboQuantCache in a model: what it stores, what it returns, and every way transformers drives it."""
+
+import copy
+import warnings
+
+import pytest
+import tiny
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.generation.configuration_utils import CompileConfig
+
+from tq_ao import TurboQuantCache, TurboQuantConfig, TurboQuantTensor, quantize_kv_
+from tq_ao.cache import TurboQuantLayer
+from tq_ao.config import LayerScheme
+
+WINDOW, SINKS = 32, 3
+EIGHT = TurboQuantConfig(bits=8, window=WINDOW, sinks=SINKS)
+THREE = TurboQuantConfig(bits=3, window=WINDOW, sinks=SINKS)
+
+
+def prompt(rng: torch.Generator, batch: int = 1, length: int = 90) -> torch.Tensor:
+    return torch.randint(2, 97, (batch, length), generator=rng)
+
+
+def teacher_forced(model, ids, cache, chunks):
+    """Logits [B, N, vocab] of ids fed in the given chunk sizes."""
+    out, at = [], 0
+    with torch.no_grad():
+        for size in chunks:
+            out.append(model(ids[:, at : at + size], past_key_values=cache, use_cache=True).logits)
+            at += size
+    return torch.cat(out, 1)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gemma3", "gpt_oss"])
+def test_8_bit_decode_follows_the_exact_cache_and_1_bit_does_not(kind, rng):
+    model, ids = tiny.model(kind), prompt(rng, 2, 150)
+    model.set_attn_implementation("eager")
+    exact = teacher_forced(model, ids, DynamicCache(config=model.config), [60] + [1] * 90)
+    error = {}
+    for bits in (1, 8):
+        quantize_kv_(model, TurboQuantConfig(bits=bits, window=WINDOW, sinks=SINKS))
+        packed = teacher_forced(model, ids, model.turboquant.make_cache(), [60] + [1] * 90)
+        error[bits] = relative(packed[:, 100:], exact[:, 100:])
+    assert error[8] < 0.1 and error[1] > max(0.1, 5 * error[8]), error
+
+
+def test_window_and_sinks_are_exact(rng):
+    """Nothing is lossy while every token is a sink or within the window, even at 1 bit."""
+    model, ids = tiny.model(), prompt(rng, 2, WINDOW + SINKS)
+    exact = teacher_forced(model, ids, DynamicCache(config=model.config), [1] * ids.shape[1])
+    quantize_kv_(model, TurboQuantConfig(bits=1, window=WINDOW, sinks=SINKS))
+    packed = teacher_forced(model, ids, model.turboquant.make_cache(), [1] * ids.shape[1])
+    assert relative(packed, exact) < 1e-5
+
+
+def test_prefill_attends_exact_keys(rng):
+    model, ids = tiny.model(), prompt(rng, 2, 200)
+    with torch.no_grad():
+        exact = model(ids, use_cache=False).logits
+        quantize_kv_(model, TurboQuantConfig(bits=1, window=0, sinks=0))
+        packed = model(ids)
+    assert isinstance(packed.past_key_values, TurboQuantCache)
+    assert relative(packed.logits, exact) < 1e-5
+
+
+def test_storage_is_packed_and_counted_from_the_tensors(rng):
+    """Code and scale bytes per vector are exactly bits * D / 8 + 2, whatever the formula elsewhere says."""
+    model = tiny.model(head_dim=128, hidden_size=512)
+    quantize_kv_(model, TurboQuantConfig(k_bits=3, v_bits=2, window=WINDOW, sinks=SINKS))
+    cache = model.turboquant.make_cache(WINDOW + SINKS + 640)
+    teacher_forced(model, prompt(rng, 2, 640), cache, [640])
+    layer = cache.layers[0]
+    vectors = 2 * 2 * 640
+    assert layer.k_codes.nbytes + layer.k_scales.nbytes == vectors * 50
+    assert layer.v_codes.nbytes + layer.v_scales.nbytes == vectors * 34
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in layer.buffers()}
+    assert sum(stored.values()) == sum(layer.nbytes().values())
+    key, value = layer.tensors()
+    assert isinstance(key, TurboQuantTensor) and key.codes.data_ptr() == layer.k_codes.data_ptr()
+
+
+def test_peak_storage_is_within_5_percent_of_what_is_stated(rng):
+    """bits/value + window + sinks, at 8k tokens in bfloat16 with the default window and sinks."""
+    config = tiny.config("llama", head_dim=64, hidden_size=128, num_hidden_layers=1)
+    cache = TurboQuantCache(config, TurboQuantConfig(bits=3), max_cache_len=8192)
+    layer = cache.layers[0]
+    layer.lazy_initialization(*(torch.zeros(1, 2, 0, 64, dtype=torch.bfloat16),) * 2)
+    values = 2 * 2 * 64
+    stated = ((8192 - 128 - 4) * (3 + 16 / 64) / 8 + (128 + 4) * 2) * values
+    assert sum(cache.nbytes().values()) <= 1.05 * stated
+
+
+@pytest.mark.parametrize("chunks", [[1] * 200, [70, 130], [7, 32, 31, 33, 64, 33], [150] + [1] * 50])
+def test_any_chunking_stores_the_same_bytes(chunks, rng):
+    model, ids = tiny.model(num_hidden_layers=1), prompt(rng, 2, 200)
+    quantize_kv_(model, THREE)
+    reference = model.turboquant.make_cache(256)
+    teacher_forced(model, ids, reference, [200])
+    for max_len in (None, 256):
+        cache = model.turboquant.make_cache(max_len)
+        teacher_forced(model, ids, cache, chunks)
+        tiles = (200 - WINDOW - SINKS) // 32
+        for name in ("k_codes", "k_scales", "v_codes", "v_scales"):
+            ours, theirs = (getattr(c.layers[0], name)[:, :, :tiles] for c in (cache, reference))
+            assert (ours != theirs).float().mean() < 2e-3, name  # the last ulp of a projection may cross a threshold
+
+
+def test_static_and_growing_caches_agree(rng):
+    model, ids = tiny.model(), prompt(rng, 2, 300)
+    quantize_kv_(model, THREE)
+    chunks = [100, 1, 1, 60, 1, 137]
+    growing = teacher_forced(model, ids, model.turboquant.make_cache(), chunks)
+    static = teacher_forced(model, ids, model.turboquant.make_cache(512), chunks)
+    assert relative(static, growing) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_left_padded_rows_give_the_tokens_of_their_own_runs(kind, implementation, rng):
+    model = tiny.model(kind)
+    quantize_kv_(model, THREE)
+    lengths = [120, 75, 41]
+    rows = [prompt(rng, 1, n)[0] for n in lengths]
+    ids = torch.stack([torch.cat([torch.zeros(120 - n, dtype=torch.long), r]) for n, r in zip(lengths, rows, strict=True)])
+    mask = torch.stack([torch.arange(120) >= 120 - n for n in lengths]).long()
+    options = {"max_new_tokens": 60, "do_sample": False, "cache_implementation": implementation}
+    together = model.generate(ids, attention_mask=mask, **options)[:, 120:]
+    for i, row in enumerate(rows):
+        alone = model.generate(row[None], attention_mask=torch.ones_like(row[None]), **options)[:, len(row) :]
+        assert torch.equal(together[i], alone[0])
+
+
+def test_padding_inside_a_row_is_refused_when_the_cache_is_continued(rng):
+    model, ids = tiny.model(), prompt(rng, 1, 40)
+    quantize_kv_(model, THREE)
+    cache, mask = model.turboquant.make_cache(), torch.ones(1, 40, dtype=torch.long)
+    mask[0, 30:] = 0
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        with pytest.raises(ValueError, match="left padding"):
+            model(ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1]], 1), past_key_values=cache)
+
+
+MODES = {
+    "greedy": {"do_sample": False},
+    "prompt-lookup": {"prompt_lookup_num_tokens": 4, "do_sample": False},
+    "chunked-prefill": {"do_sample": False, "prefill_chunk_size": 37},
+    "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+}
+
+
+def generate(model, ids, seed, max_len, **options):
+    """Tokens of a decoding mode through a growing or (max_len) a static packed cache, or the model's own."""
+    torch.manual_seed(seed)
+    cache = model.turboquant.make_cache(max_len) if hasattr(model, "turboquant") else None
+    return model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=40, **options)
+
+
+@pytest.mark.parametrize("max_len", [None, 256])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_decoding_mode_is_exact_while_the_window_covers_the_text(mode, max_len, rng, seed):
+    model, ids = tiny.model(), prompt(rng)
+    exact = generate(model, ids, seed, None, **MODES[mode])
+    quantize_kv_(model, TurboQuantConfig(bits=1, window=150, sinks=SINKS))
+    assert torch.equal(generate(model, ids, seed, max_len, **MODES[mode]), exact)
+
+
+@pytest.mark.parametrize("max_len", [None, 256])
+@pytest.mark.parametrize("mode", ["greedy", "prompt-lookup", "chunked-prefill"])
+def test_greedy_modes_choose_the_best_token_with_most_of_the_text_packed(mode, max_len, rng, seed):
+    """Each chosen token is within a hair of the best by the exact model's logits of the same text (8 bits)."""
+    model, ids = tiny.model(), prompt(rng)
+    quantize_kv_(model, EIGHT)
+    text = generate(model, ids, seed, max_len, **MODES[mode])
+    with torch.no_grad():
+        logits = model(text, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+    chosen = logits.gather(-1, text[:, ids.shape[1] :, None])[..., 0]
+    assert ((logits.amax(-1) - chosen) < 0.25 * logits.std(-1)).all()
+
+
+@pytest.mark.parametrize("mode", ["sampling", "beams", "several"])
+def test_other_modes_run_with_most_of_the_text_packed(mode, rng, seed):
+    model, ids = tiny.model(), prompt(rng)
+    quantize_kv_(model, THREE)
+    growing, static = (generate(model, ids, seed, n, **MODES[mode]) for n in (None, 256))
+    assert growing.shape == static.shape and growing.shape[1] == ids.shape[1] + 40
+    assert (growing == static).float().mean() > 0.8
+
+
+def test_assisted_decoding(rng):
+    """The assistant's guesses are verified in chunks and taken back by crops: the text is the model's own."""
+    model, assistant, ids = tiny.model(), tiny.model(), prompt(rng)
+    quantize_kv_(model, TurboQuantConfig(bits=1, window=150, sinks=SINKS))
+    quantize_kv_(assistant, THREE)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False, "suppress_tokens": [0]}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, assistant_model=assistant, **options))
+
+
+def test_dequantize_is_never_called(monkeypatch, rng):
+    def refuse(*args, **kwargs):
+        raise AssertionError("dequantize was called")
+    monkeypatch.setattr(TurboQuantTensor, "dequantize", refuse)
+    model, ids = tiny.model(), prompt(rng)
+    quantize_kv_(model, THREE)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=50, do_sample=False, return_dict_in_generate=True)
+    key, _ = out.past_key_values.layers[0].tensors()
+    with pytest.raises(AssertionError, match="dequantize was called"):
+        key.dequantize()
+
+
+def test_gemma3_sliding_layers_keep_their_own_cache(rng):
+    model, ids = tiny.model("gemma3"), prompt(rng, 2, 100)
+    quantize_kv_(model, THREE)
+    for max_len in (None, 256):
+        cache = model.turboquant.make_cache(max_len)
+        teacher_forced(model, ids, cache, [60] + [1] * 40)
+        assert [isinstance(layer, TurboQuantLayer) for layer in cache.layers] == [False, True] * 2
+        assert cache.layers[0].is_sliding and cache.layers[0].keys.shape[2] <= 24
+    assert cache.layers[1].k_codes.any()
+
+
+def test_mixed_schedule_with_an_exact_layer(rng):
+    model, ids = tiny.model(), prompt(rng)
+    quantize_kv_(model, TurboQuantConfig(layers={0: LayerScheme(4, 2), 2: LayerScheme(16, 16)}, window=WINDOW, sinks=SINKS))
+    for implementation in (None, "static"):
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, cache_implementation=implementation,
+                             return_dict_in_generate=True)  # fmt: skip
+        kinds = [type(layer).__name__ for layer in out.past_key_values.layers]
+        assert kinds[:2] == ["TurboQuantLayer"] * 2 and kinds[2] in ("DynamicLayer", "StaticLayer")
+
+
+@pytest.mark.parametrize("max_len", [None, 512])
+def test_crop_and_continue(max_len, rng):
+    """Shallow crops are exact; deep ones restore the window from the codes, and packing again keeps the codes."""
+    model, ids = tiny.model(), prompt(rng, 2, 260)
+    quantize_kv_(model, THREE)
+    straight = model.turboquant.make_cache(max_len)
+    want = teacher_forced(model, ids, straight, [200] + [1] * 60)
+    shallow = model.turboquant.make_cache(max_len)
+    teacher_forced(model, ids, shallow, [230])
+    shallow.crop(-30)
+    got = teacher_forced(model, ids[:, 200:], shallow, [1] * 60)
+    assert relative(got[:, -1], want[:, -1]) < 1e-3
+    deep = model.turboquant.make_cache(max_len)
+    teacher_forced(model, ids, deep, [260])
+    codes = deep.layers[1].k_codes.clone()
+    deep.crop(-150)
+    assert int(deep.get_seq_length()) == 110
+    teacher_forced(model, ids[:, 110:], deep, [150])
+    tiles = (110 - SINKS - 2) // 32  # tiles wholly below the crop hold reconstructions packed again
+    same = (deep.layers[1].k_codes[:, :, :tiles] == codes[:, :, :tiles]).float().mean()
+    assert same > 0.98
+    deep.crop(-260)
+    assert int(deep.get_seq_length()) == 0
+    again = teacher_forced(model, ids, deep, [200] + [1] * 60)
+    assert relative(again[:, -1], want[:, -1]) < 1e-3
+
+
+@pytest.mark.parametrize("max_len", [None, 512])
+def test_reset_and_reuse(max_len, rng):
+    model, ids = tiny.model(), prompt(rng, 2, 150)
+    quantize_kv_(model, THREE)
+    cache = model.turboquant.make_cache(max_len)
+    first = teacher_forced(model, ids, cache, [100] + [1] * 50)
+    cache.reset()
+    assert int(cache.get_seq_length()) == 0
+    assert torch.equal(first, teacher_forced(model, ids, cache, [100] + [1] * 50))
+
+
+def test_multi_turn_reuse_of_one_cache(rng):
+    """Three turns through one cache store the bytes one pass over the whole text stores."""
+    model, text = tiny.model(), prompt(rng)
+    quantize_kv_(model, EIGHT)
+    cache = model.turboquant.make_cache()
+    for _ in range(3):
+        text = model.generate(text, attention_mask=torch.ones_like(text), past_key_values=cache, max_new_tokens=20, do_sample=False)
+        assert cache.get_seq_length() == text.shape[1] - 1
+        text = torch.cat([text, prompt(rng, 1, 15)], 1)
+    whole = model.turboquant.make_cache()
+    teacher_forced(model, text[:, : cache.get_seq_length()], whole, [cache.get_seq_length()])
+    tiles = (cache.get_seq_length() - WINDOW - SINKS) // 32
+    ours, theirs = (c.layers[0].k_codes[:, :, :tiles] for c in (cache, whole))
+    assert tiles > 2 and (ours != theirs).float().mean() < 2e-3
+
+
+def test_rows_can_be_reordered_repeated_and_selected(rng):
+    model, ids = tiny.model(), prompt(rng, 3, 120)
+    quantize_kv_(model, THREE)
+    order = torch.tensor([2, 0, 1])
+    for change, rows in (("reorder_cache", order), ("batch_select_indices", order[:2])):
+        cache = model.turboquant.make_cache(256)
+        teacher_forced(model, ids, cache, [119])
+        pointer = cache.layers[0].k_codes.data_ptr()
+        getattr(cache, change)(rows)
+        assert change != "reorder_cache" or cache.layers[0].k_codes.data_ptr() == pointer
+        got = teacher_forced(model, ids[rows, 119:], cache, [1])
+        want = teacher_forced(model, ids[rows], model.turboquant.make_cache(256), [119, 1])
+        assert relative(got[:, -1], want[:, -1]) < 1e-4
+    cache = model.turboquant.make_cache()
+    teacher_forced(model, ids, cache, [119])
+    cache.batch_repeat_interleave(2)
+    assert cache.layers[0].k_codes.shape[0] == 6 and torch.equal(cache.layers[0].k_codes[0], cache.layers[0].k_codes[1])
+
+
+def test_deepcopy_for_prefix_reuse(rng):
+    model, ids = tiny.model(), prompt(rng, 1, 150)
+    quantize_kv_(model, THREE)
+    with torch.no_grad():
+        prefix = model.turboquant.make_cache()
+        teacher_forced(model, ids, prefix, [140])
+        a = teacher_forced(model, ids[:, 140:], copy.deepcopy(prefix), [10])
+        b = teacher_forced(model, ids[:, 140:], copy.deepcopy(prefix), [10])
+    assert torch.equal(a, b) and int(prefix.get_seq_length()) == 140
+
+
+def test_compiled_decode_is_one_graph_without_recompiles(rng):
+    model, ids = tiny.model(), prompt(rng, 2, 80)
+    quantize_kv_(model, THREE)
+    chunks = [60] + [1] * 20
+    want = teacher_forced(model, ids, model.turboquant.make_cache(256), chunks)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=lambda gm, inputs: graphs.append(gm) or gm.forward)
+    for _ in range(2):
+        cache = model.turboquant.make_cache(256)
+        got = [teacher_forced(model, ids[:, :60], cache, [60])]
+        with torch._dynamo.config.patch(error_on_recompile=bool(graphs)):
+            got += [teacher_forced(compiled, ids[:, i : i + 1], cache, [1]) for i in range(60, 80)]
+        assert relative(torch.cat(got, 1), want) < 1e-4
+    assert len(graphs) == 1
+
+
+def test_generate_compiles_decode_as_one_full_graph(rng):
+    model, ids = tiny.model(), prompt(rng, 2, 60)
+    quantize_kv_(model, THREE)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+    eager = model.generate(ids, **options, disable_compile=True)
+    compile_config = CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
+    compile_config._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, **options, compile_config=compile_config), eager)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_static_cache_is_reused_between_generate_calls_unless_kept(rng):
+    model, ids = tiny.model(), prompt(rng)
+    quantize_kv_(model, THREE)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "cache_implementation": "static", "return_dict_in_generate": True}
+    kept = model.generate(ids, **options).past_key_values
+    length = int(kept.get_seq_length())
+    other = model.generate(ids[:, :50], **{**options, "attention_mask": torch.ones(1, 50)}).past_key_values
+    assert other is not kept and int(kept.get_seq_length()) == length
+    pointer = other.layers[0].k_codes.data_ptr()
+    del other
+    assert model.generate(ids, **options).past_key_values.layers[0].k_codes.data_ptr() == pointer
+
+
+def test_other_caches_can_still_be_asked_for(rng):
+    model, ids = tiny.model(), prompt(rng)
+    exact = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+    quantize_kv_(model, TurboQuantConfig(bits=1, window=0, sinks=0))
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=128)):
+        again = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=10, do_sample=False)
+        assert torch.equal(again, exact)
+
+
+def test_errors_name_what_to_do(rng):
+    config = tiny.config("llama")
+    with pytest.raises(ValueError, match="3 layers.*for 5"):
+        TurboQuantCache(config, TurboQuantConfig(num_layers=5))
+    with pytest.raises(ValueError, match="head_dim 32.*for 64"):
+        TurboQuantCache(config, TurboQuantConfig(head_dim=64))
+    model = tiny.model()
+    quantize_kv_(model, THREE)
+    with torch.no_grad(), pytest.raises(ValueError, match="max_cache_len=64"):
+        model(prompt(rng, 1, 65), past_key_values=model.turboquant.make_cache(64))
+    cache = model.turboquant.make_cache(64)
+    teacher_forced(model, prompt(rng, 2, 10), cache, [10])
+    with torch.no_grad(), pytest.raises(ValueError, match="batch size 2, got 1"):
+        model(prompt(rng, 1, 3), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"crop\(-n\)"):
+        cache.crop(3)
+    with pytest.raises(NotImplementedError, match="not offloaded"):
+        cache.layers[0].offload()
+
+
+def test_nothing_warns_in_ordinary_use(rng):
+    model, ids = tiny.model(), prompt(rng)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_kv_(model, THREE)
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)

@@ -1,0 +1,80 @@
+"""Quality through the real cache: the text is fed in chunks, each reading what the cache has stored so far.
+
+A chunk of 32 tokens, one tile, sees what token-by-token decoding sees: a tile is packed when it has left the
+window, so within an aligned chunk the packed part is that of its first token.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from tqdm.auto import tqdm
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from tq_ao.cache import TurboQuantCache
+from tq_ao.evaluation.metrics import SKIP, Metrics, TokenScores, score, summarize
+
+
+@torch.no_grad()
+def evaluate_caches(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    make_caches: Mapping[str, Callable[[], Cache]],
+    *,
+    chunk: int = 32,
+    skip: int = SKIP,
+    rows: int = 4,
+    progress: bool = False,
+) -> dict[str, Metrics]:
+    """Next-token metrics of several caches against the exact one, in one pass over the text.
+
+    Args:
+        model: causal LM with `tq_ao` attached (its attention must read packed tensors).
+        windows: int64 [n, N].
+        make_caches: name -> maker of an empty cache.
+        chunk: tokens fed at a time.
+        skip: first position evaluated.
+        rows: windows per batch.
+        progress: tqdm bar.
+
+    Returns:
+        name -> Metrics.
+
+    Raises:
+        RuntimeError: a TurboQuantCache that holds no packed tokens after the text: nothing would have been measured.
+    """
+    scores: dict[str, list[TokenScores]] = {name: [] for name in make_caches}
+    device = next(model.parameters()).device
+    batches = windows.split(rows)
+    steps = range(0, windows.shape[1], chunk)
+    with tqdm(total=len(batches) * len(steps), desc="reading through the cache", disable=not progress) as bar:
+        for ids in batches:
+            exact: Cache = DynamicCache(config=model.config)
+            caches = {name: make() for name, make in make_caches.items()}
+            for at in steps:
+                piece = ids[:, at : at + chunk].to(device)
+                reference = model(piece, past_key_values=exact, use_cache=True).logits
+                positions = torch.arange(at, at + piece.shape[1])
+                kept = positions >= skip
+                for name, cache in caches.items():
+                    logits = model(piece, past_key_values=cache, use_cache=True).logits
+                    if kept.any():
+                        scores[name].append(score(reference[:, kept], logits[:, kept], ids, positions[kept]))
+                bar.update()
+            for name, cache in caches.items():
+                if isinstance(cache, TurboQuantCache):
+                    prove_packed(cache, name)
+    return {name: summarize(part) for name, part in scores.items()}
+
+
+def prove_packed(cache: TurboQuantCache, name: str = "cache") -> float:
+    """Bits per packed value, counted from the storage that holds codes.
+
+    Raises:
+        RuntimeError: some packed layer has no codes written.
+    """
+    layers = cache.packed_layers()
+    if not layers or not all(bool(t.any()) for layer in layers for t in (layer.k_codes, layer.v_codes)):
+        raise RuntimeError(f"{name}: expected packed codes in every scheduled layer, found none; the text is shorter than the window or nothing is packed")
+    held = sum(layer.nbytes()["packed"] for layer in layers)
+    values = sum(2 * layer.k_scales.numel() * layer.head_dim for layer in layers)
+    return 8 * held / values

@@ -11,6 +11,7 @@ are multiplied as float32.
 What is written where is decided on the device from `length` and `start`, so a captured CUDA graph replays correctly.
 """
 
+import itertools
 import struct
 
 import torch
@@ -119,21 +120,53 @@ def _store_tiles(
 
 @triton.jit
 def _split(x, OPERAND: tl.constexpr):
-    """High part and remainder of float32 x, each exact in bf16, as dot operands."""
-    high = x.to(tl.bfloat16)
-    low = (x - high.to(tl.float32)).to(tl.bfloat16)
-    return high.to(OPERAND), low.to(OPERAND)
+    """float32 x as high part (truncated, so a bf16 x has no remainder) and remainder, both dot operands."""
+    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16).to(OPERAND), (x - high).to(tl.bfloat16).to(OPERAND)
 
 
 @triton.jit
-def _load_rows(x, ring, token, fresh, slot, kept, dims, x_sn, x_sd, r_sn, r_sd, D: tl.constexpr, RING: tl.constexpr):
-    """Rows [N, K] float32: token `token` of x where fresh, ring slot `slot` where kept, zero elsewhere."""
-    ok = (dims < D)[None, :]
-    rows = tl.load(x + token[:, None] * x_sn + dims[None, :] * x_sd, mask=fresh[:, None] & ok, other=0.0).to(tl.float32)
+def _split_map(m, unit, inverse, OPERAND: tl.constexpr):
+    """m / unit as high part (rounded, so +-unit has no remainder) and remainder, both dot operands."""
+    high = ((m * inverse).to(tl.int32, bitcast=True) + 32768 & -65536).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16).to(OPERAND), ((m - high * unit) * inverse).to(tl.bfloat16).to(OPERAND)
+
+
+@triton.jit
+def _load_map(map, first, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
+    """Rows first .. first + ROWS - 1 of a map, float32 [ROWS, DP], zero beyond D."""
+    rows = first + tl.arange(0, ROWS)
+    columns = tl.arange(0, DP)
+    inside = (rows < D)[:, None] & (columns < D)[None, :]
+    return tl.load(map + rows[:, None] * D + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _largest(x):
+    return tl.max(tl.reshape(tl.abs(x.to(tl.float32)), [x.shape[0] * x.shape[1]]), axis=0)
+
+
+@triton.jit
+def _load_rows(
+    x, ring, shift, token, fresh, slot, kept, first, x_sn, x_sd, r_sn, r_sd,
+    D: tl.constexpr, K: tl.constexpr, RING: tl.constexpr,
+):  # fmt: skip
+    """Dims first .. first + K - 1 of the rows minus shift, float32 [N, K]; zero where neither fresh nor kept.
+
+    Row i is token[i] of x where fresh, ring slot slot[i] where kept.
+    """
+    dims = first + tl.arange(0, K)
+    inside = (dims < D)[None, :]
+    at = x + token[:, None] * x_sn + dims[None, :] * x_sd
+    rows = tl.load(at, mask=fresh[:, None] & inside, other=0.0).to(tl.float32)
+    real = fresh
     if RING:
-        old = tl.load(ring + slot[:, None] * r_sn + dims[None, :] * r_sd, mask=kept[:, None] & ok, other=0.0)
-        rows += old.to(tl.float32)
-    return rows
+        real = fresh | kept
+        if tl.max(kept.to(tl.int32), axis=0) > 0:
+            old = ring + slot[:, None] * r_sn + dims[None, :] * r_sd
+            rows += tl.load(old, mask=kept[:, None] & inside, other=0.0).to(tl.float32)
+    offset = tl.load(shift + dims, mask=dims < D, other=0.0)
+    return tl.where(real[:, None], rows - offset[None, :], 0.0)
 
 
 @triton.jit
@@ -143,16 +176,10 @@ def _mapped(
 ):  # fmt: skip
     """y [N, DP] = (rows - shift) @ map, the map streamed KC rows at a time."""
     y = tl.zeros([token.shape[0], DP], tl.float32)
-    columns = tl.arange(0, DP)
-    real = (fresh | kept)[:, None]
-    for first in tl.static_range(0, DP, KC):
-        dims = first + tl.arange(0, KC)
-        rows = _load_rows(x, ring, token, fresh, slot, kept, dims, x_sn, x_sd, r_sn, r_sd, D, RING)
-        delta = tl.where(real, rows - tl.load(shift + dims, mask=dims < D, other=0.0)[None, :], 0.0)
-        ok = (dims < D)[:, None] & (columns < D)[None, :]
-        m = tl.load(map + dims[:, None] * D + columns[None, :], mask=ok, other=0.0)
-        x_high, x_low = _split(delta, OPERAND)
-        m_high, m_low = _split(m, OPERAND)
+    for first in range(0, DP, KC):
+        rows = _load_rows(x, ring, shift, token, fresh, slot, kept, first, x_sn, x_sd, r_sn, r_sd, D, KC, RING)
+        x_high, x_low = _split(rows, OPERAND)
+        m_high, m_low = _split_map(_load_map(map, first, D, DP, KC), 1.0, 1.0, OPERAND)
         y = tl.dot(x_low, m_high, y, input_precision="ieee")
         y = tl.dot(x_high, m_low, y, input_precision="ieee")
         y = tl.dot(x_high, m_high, y, input_precision="ieee")
@@ -185,8 +212,8 @@ def encode_kernel(
     RING False: tile i is tokens 32 i .. 32 i + 31 of x, of which n exist.  RING True: x holds the n tokens of an
     append, and the tiles are those that leave the window with it; tokens older than x are in the ring.
 
-    Grid: (B * H, chunks); a program encodes up to `blocks` blocks of TILES tiles, its map kept in shared memory
-    when it fits (DP <= KC).
+    Grid: (B * H, chunks); a program encodes up to `blocks` blocks of TILES tiles.  Up to D = 128 its map
+    stays in shared memory (WHOLE); larger maps are streamed for every block.
     """
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
@@ -203,27 +230,22 @@ def encode_kernel(
     else:
         tile0 = 0
         count = (n + 31) // 32
+    WHOLE: tl.constexpr = DP <= 128
     first = tl.program_id(1) * blocks
     last = tl.minimum(first + blocks, (count + TILES - 1) // TILES)
     if first < last:
         row = tl.arange(0, TILES * 32)
-        dims = tl.arange(0, DP)
-        if DP <= KC:
-            square = (dims < D)[:, None] & (dims < D)[None, :]
-            m = tl.load(map + dims[:, None] * D + dims[None, :], mask=square, other=0.0)
-            unit = tl.max(tl.abs(tl.reshape(m, [DP * DP])))
+        unit = 1.0
+        if WHOLE:
+            m = _load_map(map, 0, D, DP, DP)
+            unit = _largest(m)
             inverse = tl.where(unit > 0, 1.0 / unit, 0.0)
-            m_high = (m * inverse).to(tl.bfloat16)
-            m_low = ((m - m_high.to(tl.float32) * unit) * inverse).to(tl.bfloat16)
-            map_has_low = tl.max(tl.abs(tl.reshape(m_low.to(tl.float32), [DP * DP]))) > 0
-            m_high = m_high.to(OPERAND)
-            m_low = m_low.to(OPERAND)
-            offset = tl.load(shift + dims, mask=dims < D, other=0.0)
-            x_has_low = tl.max(tl.abs(offset)) > 0
+            m_high, m_low = _split_map(m, unit, inverse, OPERAND)
+            map_has_low = _largest(m_low) > 0
+            dims = tl.arange(0, DP)
+            x_has_low = tl.max(tl.abs(tl.load(shift + dims, mask=dims < D, other=0.0)), axis=0) > 0
             if x.dtype.element_ty != tl.bfloat16:
                 x_has_low = True
-        else:
-            unit = 1.0
         for block in range(first, last):
             tile = block * TILES
             row_ok = tile + row // 32 < count
@@ -238,9 +260,9 @@ def encode_kernel(
                 fresh = row_ok & (token < n)
                 kept = fresh
                 slot = token
-            if DP <= KC:
-                rows = _load_rows(x, ring, token, fresh, slot, kept, dims, x_sn, x_sd, r_sn, r_sd, D, RING)
-                x_high, x_low = _split(tl.where((fresh | kept)[:, None], rows - offset[None, :], 0.0), OPERAND)
+            if WHOLE:
+                rows = _load_rows(x, ring, shift, token, fresh, slot, kept, 0, x_sn, x_sd, r_sn, r_sd, D, DP, RING)
+                x_high, x_low = _split(rows, OPERAND)
                 y = tl.dot(x_high, m_high, input_precision="ieee")
                 if map_has_low:
                     y = tl.dot(x_high, m_low, y, input_precision="ieee")
@@ -314,9 +336,7 @@ def _step_side(
 ):  # fmt: skip
     index = tl.arange(0, Q).to(tl.int64)
     ok = (index >= skip) & (index < q)
-    _write_exact(
-        x, sink, ring, index, ok, before, skip, x_sn, x_sd, k_sn, k_sd, r_sn, r_sd, sinks, capacity, D, DP
-    )
+    _write_exact(x, sink, ring, index, ok, before, skip, x_sn, x_sd, k_sn, k_sd, r_sn, r_sd, sinks, capacity, D, DP)
     if (new > old) & (old // 32 < tiles):
         u = old + tl.arange(0, 32)
         t = sinks + u
@@ -376,7 +396,7 @@ def quantizer_constants(book) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if book.bits == 8:
         return (), ()
     magnitudes = sorted(x for x in book.levels if x > 0)
-    edges = tuple((a + b) / 2 for a, b in zip(magnitudes, magnitudes[1:], strict=False))
+    edges = tuple((a + b) / 2 for a, b in itertools.pairwise(magnitudes))
     half = 1 << (book.bits - 1)
     as_int = [struct.unpack("<i", struct.pack("<f", x))[0] for x in magnitudes]
     tagged = tuple(struct.unpack("<f", struct.pack("<i", (w & -half) | i))[0] for i, w in enumerate(as_int))
@@ -396,19 +416,27 @@ def _words(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return codes.view(torch.int32)
 
 
-def _geometry(dim: int, chunk: int) -> tuple[int, int]:
-    """Padded head_dim and rows of the map that are multiplied at a time."""
-    padded = max(32, triton.next_power_of_2(dim))
-    return padded, min(padded, chunk)
+def _padded(dim: int) -> int:
+    return max(32, triton.next_power_of_2(dim))
+
+
+def launch_options(dim: int, wide: bool, ring: bool) -> dict[str, int]:
+    """Block sizes of `encode_kernel`; wide: a chip with wgmma and more than 200 KiB of shared memory."""
+    padded = _padded(dim)
+    warps = 4 if padded <= 128 and wide and not ring else 8
+    return {"TILES": 2, "KC": 32, "num_warps": warps, "num_stages": 2 if padded <= 128 else 1}
+
+
+def _wide(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _encode_many(x, ring, codes, scales, map, shift, length, start, tiles, sinks, window, key, book):
     """Launch `encode_kernel` over at most `tiles` tiles per row and head."""
     batch, heads, n, dim = x.shape
     words = _words(codes, scales)
-    padded, chunk = _geometry(dim, 128)
-    per_block = 2 if padded <= 128 else 4
-    blocks = triton.cdiv(tiles, per_block)
+    options = launch_options(dim, _wide(x.device), ring is not None)
+    blocks = triton.cdiv(tiles, options["TILES"])
     cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
     per_program = max(1, triton.cdiv(blocks * batch * heads, 2 * cores))
     edges, levels = quantizer_constants(book)
@@ -416,9 +444,8 @@ def _encode_many(x, ring, codes, scales, map, shift, length, start, tiles, sinks
         x, ring, words, scales, map, shift, length, start,
         *x.stride(), *(ring.stride() if ring is not None else (0, 0, 0, 0)), *words.stride()[:3], *scales.stride()[:3],
         heads, n, codes.shape[2], ring.shape[2] if ring is not None else 1, sinks, window, per_program,
-        D=dim, DP=padded, BITS=book.bits, KEY=key, EDGES=edges, LEVELS=levels, TILES=per_block,
-        KC=chunk if padded <= 128 else 64, RING=ring is not None, OPERAND=_operand(),
-        num_warps=4 if padded <= 128 else 8, num_stages=2,
+        D=dim, DP=_padded(dim), BITS=book.bits, KEY=key, EDGES=edges, LEVELS=levels,
+        RING=ring is not None, OPERAND=_operand(), **options,
     )  # fmt: skip
 
 
@@ -464,7 +491,7 @@ def append_(
     if k_sinks.stride() != v_sinks.stride() or k_recent.stride() != v_recent.stride():
         raise ValueError("expected sinks (and rings) of keys and values to have equal strides; allocate them alike")
     maps = [m.contiguous() for m in (key_map, key_shift, value_map, value_shift)]
-    padded, chunk = _geometry(dim, 64)
+    padded = _padded(dim)
     if q <= STEP_TOKENS:
         k_words, v_words = _words(k_codes, k_scales), _words(v_codes, v_scales)
         (k_edges, k_levels), (v_edges, v_levels) = quantizer_constants(key_book), quantizer_constants(value_book)
@@ -474,14 +501,12 @@ def append_(
             *k_scales.stride()[:3], *v_words.stride()[:3], *v_scales.stride()[:3],
             heads, q, k_codes.shape[2], v_codes.shape[2], capacity, sinks, window,
             D=dim, DP=padded, K_BITS=key_book.bits, V_BITS=value_book.bits, K_EDGES=k_edges, K_LEVELS=k_levels,
-            V_EDGES=v_edges, V_LEVELS=v_levels, Q=triton.next_power_of_2(q), KC=chunk, OPERAND=_operand(),
-            num_warps=4,
+            V_EDGES=v_edges, V_LEVELS=v_levels, Q=triton.next_power_of_2(q), KC=32, OPERAND=_operand(),
+            num_warps=4, num_stages=1,
         )  # fmt: skip
         return
     tiles = triton.cdiv(q, TILE)
-    _encode_many(
-        k, k_recent, k_codes, k_scales, maps[0], maps[1], length, start, tiles, sinks, window, True, key_book
-    )
+    _encode_many(k, k_recent, k_codes, k_scales, maps[0], maps[1], length, start, tiles, sinks, window, True, key_book)
     _encode_many(
         v, v_recent, v_codes, v_scales, maps[2], maps[3], length, start, tiles, sinks, window, False, value_book
     )

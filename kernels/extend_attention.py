@@ -1,0 +1,556 @@
+"""Attention of several queries per row over packed K and V, the exact window and sinks, and causally over new tokens.
+
+Four launches.  `rotate_kernel` maps the queries once.  `packed_kernel` is flash attention whose K and V operands are
+unpacked in registers once per block of query rows (all G query heads of a KV head share a block); `exact_kernel` is
+flash attention over sinks, ring and new tokens.  Both leave normalised partial outputs and the log2 of their
+softmax sums; `merge_kernel` weighs them, maps the packed part back and adds the value shift:
+
+    out = w_exact o_exact + (sum_s w_s o_s) @ output_map + (sum_s w_s) value_shift
+
+Queries are divided by their largest entry to be safe in fp16, whose 11 bits matter more here than range; levels are
+whole grid numbers, exact in fp16 and bf16.  Scales of keys multiply scores, those of values multiply probabilities.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .encode import _load_map, _padded, _split, _split_map, _wide
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _geometry(length, start, b, q, sinks, window, capacity):
+    """Of row b: padding among the q new tokens, tokens in the cache, packed tokens (reference.py)."""
+    seen = tl.load(length).to(tl.int64)
+    first = tl.load(start + b).to(tl.int64)
+    skip = tl.minimum(tl.maximum(first - seen, 0), q)
+    n = tl.maximum(seen - first, 0)
+    left = tl.maximum(n - sinks - window, 0) // 32 * 32
+    packed = tl.where(capacity == 0, tl.maximum(n - sinks, 0), left)
+    return skip, n, packed
+
+
+@triton.jit(do_not_specialize=["q_len"])
+def rotate_kernel(
+    q, rotated, unit, bias, query_map, key_shift, q_sb, q_sh, q_sn, q_sd, heads, group, q_len,
+    D: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr, ROWS: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """rotated = q @ query_map / unit, unit = its largest entry, bias = q . key_shift.
+
+    Grid: (B * Hq, blocks of ROWS queries).  rotated [B * Hq, q_len, D]; unit, bias float32 [B * Hq, q_len].
+    """
+    b = (tl.program_id(0) // heads).to(tl.int64)
+    hq = (tl.program_id(0) % heads).to(tl.int64)
+    h = hq // group
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    ok = row < q_len
+    q += b * q_sb + hq * q_sh
+    y = tl.zeros([ROWS, DP], tl.float32)
+    shifted = tl.zeros([ROWS], tl.float32)
+    for first in range(0, DP, KC):
+        dims = first + tl.arange(0, KC)
+        x = tl.load(q + row[:, None] * q_sn + dims[None, :] * q_sd, mask=ok[:, None] & (dims < D)[None, :], other=0.0)
+        x = x.to(tl.float32)
+        shifted += tl.sum(x * tl.load(key_shift + h * D + dims, mask=dims < D, other=0.0)[None, :], axis=1)
+        x_high, x_low = _split(x, OPERAND)
+        m_high, m_low = _split_map(_load_map(query_map + h * D * D, first, D, DP, KC), 1.0, 1.0, OPERAND)
+        y = tl.dot(x_low, m_high, y, input_precision="ieee")
+        y = tl.dot(x_high, m_low, y, input_precision="ieee")
+        y = tl.dot(x_high, m_high, y, input_precision="ieee")
+    top = tl.max(tl.abs(y), axis=1)
+    inverse = tl.where(top > 0, 1.0 / top, 0.0)
+    dims = tl.arange(0, DP)
+    at = tl.program_id(0).to(tl.int64) * q_len + row
+    out = (y * inverse[:, None]).to(rotated.dtype.element_ty)
+    tl.store(rotated + at[:, None] * D + dims[None, :], out, mask=ok[:, None] & (dims < D)[None, :])
+    tl.store(unit + at, top, mask=ok)
+    tl.store(bias + at, shifted, mask=ok)
+
+
+@triton.jit
+def _levels8(nibbles, BITS: tl.constexpr, LEVELS: tl.constexpr, ASM: tl.constexpr, OPERAND: tl.constexpr):
+    """Words of eight nibbles int32 [...] -> grid values OPERAND [..., 2, 2, 2], first nibble first."""
+    if ASM is not None:
+        x0, x1, x2, x3, x4, x5, x6, x7 = tl.inline_asm_elementwise(
+            ASM, "=h,=h,=h,=h,=h,=h,=h,=h,r", [nibbles],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        x = tl.join(
+            tl.join(tl.join(x0, x4), tl.join(x2, x6)),
+            tl.join(tl.join(x1, x5), tl.join(x3, x7)),
+        )
+        if OPERAND == tl.float32:
+            return x.to(tl.float16, bitcast=True).to(tl.float32)
+        return x.to(OPERAND, bitcast=True)
+    else:  # noqa: RET505 - the branch is taken at compile time
+        x = tl.join(
+            tl.join(tl.join(nibbles, nibbles >> 16), tl.join(nibbles >> 8, nibbles >> 24)),
+            tl.join(tl.join(nibbles >> 4, nibbles >> 20), tl.join(nibbles >> 12, nibbles >> 28)),
+        )
+        x = x & ((1 << BITS) - 1)
+        y = tl.full(x.shape, LEVELS[0], tl.float32)
+        for i in tl.static_range(1, len(LEVELS)):
+            y = tl.where(x == i, LEVELS[i], y)
+        return y.to(OPERAND)
+
+
+@triton.jit
+def _plane(words, tile_stride, tile, ok, w, group, G: tl.constexpr):
+    """Words of plane w, int32 [TILES, 32 lanes, len(group)]; group [1, 1, groups] or [1, 32, groups]."""
+    lane = tl.arange(0, 32)[None, :, None]
+    at = words + tile[:, None, None] * tile_stride + (w * 32 + lane) * G + group
+    return tl.load(at, mask=ok[:, None, None] & (group < G), other=0)
+
+
+@triton.jit
+def _unpack(
+    words, tile_stride, tile, ok, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr,
+    LEVELS: tl.constexpr, ASM: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Grid values of whole tiles, OPERAND [TILES * 32 tokens, DP], from layout v1; tile int64 [TILES]."""
+    TILES: tl.constexpr = tile.shape[0]
+    R: tl.constexpr = DP // 32
+    G: tl.constexpr = D // 32
+    if BITS == 8:
+        p = tl.arange(0, 8 * R)
+        if KEY:  # position (i, j) of layout v1, j < D / 16, is padded here to j < DP / 16
+            source = p // (2 * R) * (2 * G) + p % (2 * R)
+            beyond = p % (2 * R) >= 2 * G
+        else:
+            source = p
+            beyond = p >= 8 * G
+        source = tl.where(beyond, 8 * G, source)[None, None, :]
+        w = _plane(words, tile_stride, tile, ok, source % 8, source // 8, G)
+        x = tl.join(tl.join(w << 24, w << 8), tl.join(w << 16, w)) >> 24
+        x = tl.reshape(x.to(OPERAND), [TILES, 32, 8 * R, 4])
+    elif KEY and R != G:
+        p = tl.arange(0, 4 * R)
+        source = tl.where(p % R < G, p // R * G + p % R, 4 * G)[None, None, :]
+        s = source % 4
+        if BITS == 4:
+            nibbles = _plane(words, tile_stride, tile, ok, s, source // 4, G)
+        elif BITS == 3:
+            w0 = _plane(words, tile_stride, tile, ok, 0, source // 4, G)
+            w1 = _plane(words, tile_stride, tile, ok, 1, source // 4, G)
+            w2 = _plane(words, tile_stride, tile, ok, 2, source // 4, G)
+            spare = ((w0 >> 3) & 0x11111111) | ((w1 >> 2) & 0x22222222) | ((w2 >> 1) & 0x44444444)
+            nibbles = tl.where(s == 0, w0, tl.where(s == 1, w1, tl.where(s == 2, w2, spare))) & 0x77777777
+        elif BITS == 2:
+            nibbles = (_plane(words, tile_stride, tile, ok, s // 2, source // 4, G) >> (2 * (s % 2))) & 0x33333333
+        else:
+            nibbles = (_plane(words, tile_stride, tile, ok, 0, source // 4, G) >> s) & 0x11111111
+        x = _levels8(nibbles, BITS, LEVELS, ASM, OPERAND)
+    else:
+        group = tl.arange(0, R)[None, None, :]
+        w0 = _plane(words, tile_stride, tile, ok, 0, group, G)
+        if BITS == 1:
+            s0 = w0 & 0x11111111
+            s1 = (w0 >> 1) & 0x11111111
+            s2 = (w0 >> 2) & 0x11111111
+            s3 = (w0 >> 3) & 0x11111111
+        else:
+            w1 = _plane(words, tile_stride, tile, ok, 1, group, G)
+            if BITS == 2:
+                s0 = w0 & 0x33333333
+                s1 = (w0 >> 2) & 0x33333333
+                s2 = w1 & 0x33333333
+                s3 = (w1 >> 2) & 0x33333333
+            else:
+                w2 = _plane(words, tile_stride, tile, ok, 2, group, G)
+                if BITS == 3:
+                    s0 = w0 & 0x77777777
+                    s1 = w1 & 0x77777777
+                    s2 = w2 & 0x77777777
+                    s3 = ((w0 >> 3) & 0x11111111) | ((w1 >> 2) & 0x22222222) | ((w2 >> 1) & 0x44444444)
+                else:
+                    s0 = w0
+                    s1 = w1
+                    s2 = w2
+                    s3 = _plane(words, tile_stride, tile, ok, 3, group, G)
+        nibbles = tl.join(tl.join(s0, s2), tl.join(s1, s3))  # [TILES, 32, R, 2, 2]
+        x = _levels8(nibbles, BITS, LEVELS, ASM, OPERAND)
+    if KEY:  # tile g t i j byte -> tile i g, j t byte
+        x = tl.permute(tl.reshape(x, [TILES, 8, 4, 4, 2 * R, 4]), (0, 3, 1, 4, 2, 5))
+    else:  # tile g t group s j0 b1 b0 -> tile j0 b1 t b0, group s g
+        x = tl.permute(tl.reshape(x, [TILES, 8, 4, R, 4, 2, 2, 2]), (0, 5, 6, 2, 7, 3, 4, 1))
+    return tl.reshape(x, [TILES * 32, DP])
+
+
+@triton.jit
+def _cap(s, softcap, CAP: tl.constexpr):
+    """Scores -> log2 units, after the logit soft-cap if there is one."""
+    if CAP:
+        s = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 * 1.4426950408889634 / softcap))))
+    return s * 1.4426950408889634
+
+
+@triton.jit
+def _accumulate(s, v, weight, m, z, acc, PRECISION: tl.constexpr):
+    """One step of online softmax; s [M, N] in log2 units, weight [N] multiplies the probabilities that meet v."""
+    m_new = tl.maximum(m, tl.max(s, axis=1))
+    base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s - base[:, None])
+    alpha = tl.exp2(m - base)
+    z = z * alpha + tl.sum(p, axis=1)
+    if weight is not None:
+        p = p * weight[None, :]
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, z, acc
+
+
+@triton.jit
+def _store_partial(out, lse, at, ok, m, z, acc, D: tl.constexpr, DP: tl.constexpr):
+    dims = tl.arange(0, DP)
+    o = acc * tl.where(z > 0, 1.0 / z, 0.0)[:, None]
+    tl.store(out + at[:, None] * D + dims[None, :], o, mask=ok[:, None] & (dims < D)[None, :])
+    tl.store(lse + at, tl.where(z > 0, m + tl.log2(z), float("-inf")), mask=ok)
+
+
+@triton.jit(do_not_specialize=["q_len"])
+def packed_kernel(
+    rotated, unit, bias, k_words, k_scales, v_words, v_scales, out, lse, length, start,
+    kw_sb, kw_sh, kw_st, ks_sb, ks_sh, ks_st, vw_sb, vw_sh, vw_st, vs_sb, vs_sh, vs_st,
+    heads, group, q_len, capacity, sinks, window, scale, k_factor, v_factor, softcap,
+    D: tl.constexpr, DP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    K_LEVELS: tl.constexpr, V_LEVELS: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr,
+    CAP: tl.constexpr, M: tl.constexpr, TILES: tl.constexpr, V_OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partial attention over a share of the packed tiles, in the maps' coordinates.
+
+    Grid: (blocks of M rows, B * H, splits).  Row r of a KV head is query r // group of its query head r % group.
+    out float32 [splits, B * Hq, q_len, D], lse float32 [splits, B * Hq, q_len] (log2).
+    """
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = (tl.program_id(1) % heads).to(tl.int64)
+    _, _, packed = _geometry(length, start, b, q_len, sinks, window, capacity)
+    r = tl.program_id(0) * M + tl.arange(0, M)
+    ok = r < q_len * group
+    at = (tl.program_id(1).to(tl.int64) * group + r % group) * q_len + r // group
+    dims = tl.arange(0, DP)
+    q = tl.load(rotated + at[:, None] * D + dims[None, :], mask=ok[:, None] & (dims < D)[None, :], other=0.0)
+    row_factor = tl.load(unit + at, mask=ok, other=0.0) * (scale * k_factor)
+    row_bias = tl.load(bias + at, mask=ok, other=0.0) * scale
+    if not CAP:
+        row_factor *= 1.4426950408889634
+        row_bias *= 1.4426950408889634
+    k_words += b * kw_sb + h * kw_sh
+    v_words += b * vw_sb + h * vw_sh
+    k_scales += b * ks_sb + h * ks_sh
+    v_scales += b * vs_sb + h * vs_sh
+
+    tokens = packed.to(tl.int32)
+    share = tl.cdiv(tl.cdiv(tokens, TILES * 32), tl.num_programs(2)) * (TILES * 32)
+    begin = tl.program_id(2) * share
+    end = tl.minimum(begin + share, tokens)
+    m = tl.full([M], float("-inf"), tl.float32)
+    z = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, DP], tl.float32)
+    slot = tl.arange(0, TILES * 32)
+    for first in range(begin, end, TILES * 32):
+        tile = first // 32 + tl.arange(0, TILES).to(tl.int64)
+        tile_ok = tile * 32 < end
+        live = first + slot < end
+        token = (first + slot).to(tl.int64)
+        k_scale = tl.load(k_scales + token // 32 * ks_st + token % 32, mask=live, other=0.0).to(tl.float32)
+        v_scale = tl.load(v_scales + token // 32 * vs_st + token % 32, mask=live, other=0.0).to(tl.float32)
+        k = _unpack(k_words, kw_st, tile, tile_ok, D, DP, K_BITS, True, K_LEVELS, K_ASM, q.dtype)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * row_factor[:, None] * k_scale[None, :]
+        s += row_bias[:, None]
+        if CAP:
+            s = _cap(s, softcap, CAP)
+        s = tl.where(live[None, :], s, float("-inf"))
+        v = _unpack(v_words, vw_st, tile, tile_ok, D, DP, V_BITS, False, V_LEVELS, V_ASM, V_OPERAND)
+        m, z, acc = _accumulate(s, v, v_scale, m, z, acc, PRECISION)
+    at += tl.program_id(2).to(tl.int64) * tl.num_programs(1) * group * q_len
+    _store_partial(out, lse, at, ok, m, z, acc * v_factor, D, DP)
+
+
+@triton.jit
+def _attend(
+    q, k, v, token, live, visible, k_sn, k_sd, v_sn, v_sd, scale, softcap, m, z, acc,
+    D: tl.constexpr, DP: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of exact tokens; visible [M, N] (or [1, N]) applies when MASKED."""
+    dims = tl.arange(0, DP)
+    inside = (dims < D)[None, :] & live[:, None]
+    k = tl.load(k + token[:, None] * k_sn + dims[None, :] * k_sd, mask=inside, other=0.0).to(q.dtype)
+    s = _cap(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, softcap, CAP)
+    if MASKED:
+        s = tl.where(visible, s, float("-inf"))
+    v = tl.load(v + token[:, None] * v_sn + dims[None, :] * v_sd, mask=inside, other=0.0).to(q.dtype)
+    return _accumulate(s, v, None, m, z, acc, PRECISION)
+
+
+@triton.jit(do_not_specialize=["q_len"])
+def exact_kernel(
+    q, k_new, v_new, k_sinks, v_sinks, k_recent, v_recent, out, lse, length, start,
+    q_sb, q_sh, q_sn, q_sd, k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd,
+    e_sb, e_sh, e_sn, e_sd, r_sb, r_sh, r_sn, r_sd,
+    heads, group, q_len, capacity, sinks, window, scale, softcap,
+    D: tl.constexpr, DP: tl.constexpr, CAP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partial attention over sinks, ring and (causally) the new tokens.
+
+    Grid: (blocks of M rows, the last rows first, B * H).  out float32 [B * Hq, q_len, D], lse [B * Hq, q_len].
+    """
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = (tl.program_id(1) % heads).to(tl.int64)
+    skip, n, packed = _geometry(length, start, b, q_len, sinks, window, capacity)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    r = block * M + tl.arange(0, M)
+    ok = r < q_len * group
+    i = r // group
+    dims = tl.arange(0, DP)
+    at_q = q + b * q_sb + (h * group + r % group)[:, None] * q_sh + i.to(tl.int64)[:, None] * q_sn
+    query = tl.load(at_q + dims[None, :] * q_sd, mask=ok[:, None] & (dims < D)[None, :], other=0.0).to(OPERAND)
+    m = tl.full([M], float("-inf"), tl.float32)
+    z = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, DP], tl.float32)
+    column = tl.arange(0, N)
+
+    k_new += b * k_sb + h * k_sh
+    v_new += b * v_sb + h * v_sh
+    first_query = block * M // group
+    last_query = tl.minimum((block * M + M - 1) // group, q_len - 1)
+    # New tokens every row of the block sees, then those on the diagonal.
+    skip = skip.to(tl.int32)
+    whole = skip + tl.maximum(first_query + 1 - skip, 0) // N * N
+    for first in range(skip, whole, N):
+        token = (first + column).to(tl.int64)
+        live = token >= 0
+        m, z, acc = _attend(
+            query, k_new, v_new, token, live, live[None, :],
+            k_sn, k_sd, v_sn, v_sd, scale, softcap, m, z, acc, D, DP, CAP, False, PRECISION,
+        )  # fmt: skip
+    for first in range(whole, last_query + 1, N):
+        token = (first + column).to(tl.int64)
+        visible = token[None, :] <= i[:, None]
+        m, z, acc = _attend(
+            query, k_new, v_new, token, token <= last_query, visible,
+            k_sn, k_sd, v_sn, v_sd, scale, softcap, m, z, acc, D, DP, CAP, True, PRECISION,
+        )  # fmt: skip
+
+    k_sinks += b * e_sb + h * e_sh
+    v_sinks += b * e_sb + h * e_sh
+    held = tl.minimum(n, sinks).to(tl.int32)
+    for first in range(0, held, N):
+        token = (first + column).to(tl.int64)
+        live = token < held
+        m, z, acc = _attend(
+            query, k_sinks, v_sinks, token, live, live[None, :],
+            e_sn, e_sd, e_sn, e_sd, scale, softcap, m, z, acc, D, DP, CAP, True, PRECISION,
+        )  # fmt: skip
+    k_recent += b * r_sb + h * r_sh
+    v_recent += b * r_sb + h * r_sh
+    newest = tl.maximum(n - sinks, packed)
+    for first in range(0, (newest - packed).to(tl.int32), N):
+        u = packed + first + column
+        live = u < newest
+        m, z, acc = _attend(
+            query, k_recent, v_recent, u % tl.maximum(capacity, 1), live, live[None, :],
+            r_sn, r_sd, r_sn, r_sd, scale, softcap, m, z, acc, D, DP, CAP, True, PRECISION,
+        )  # fmt: skip
+    at = (tl.program_id(1).to(tl.int64) * group + r % group) * q_len + i
+    _store_partial(out, lse, at, ok, m, z, acc, D, DP)
+
+
+@triton.jit(do_not_specialize=["q_len"])
+def merge_kernel(
+    o_exact, lse_exact, o_packed, lse_packed, sink_logits, out, output_map, value_shift, length, start,
+    heads, group, q_len, splits, capacity, sinks, window,
+    D: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr, ROWS: tl.constexpr, LOGITS: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """out = w_exact o_exact + (sum_s w_s o_s) @ output_map + (sum_s w_s) value_shift; zeros for padding queries.
+
+    Grid: (B * Hq, blocks of ROWS queries).  out [B * Hq, q_len, D] contiguous.
+    """
+    b = (tl.program_id(0) // heads).to(tl.int64)
+    hq = (tl.program_id(0) % heads).to(tl.int64)
+    h = hq // group
+    skip, _, _ = _geometry(length, start, b, q_len, sinks, window, capacity)
+    i = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    ok = i < q_len
+    at = tl.program_id(0).to(tl.int64) * q_len + i
+    split = tl.num_programs(0).to(tl.int64) * q_len
+    top = tl.load(lse_exact + at, mask=ok, other=float("-inf"))
+    exact = top
+    if LOGITS:
+        logit = tl.load(sink_logits + hq).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, logit)
+    for s in range(splits):
+        top = tl.maximum(top, tl.load(lse_packed + s * split + at, mask=ok, other=float("-inf")))
+    top = tl.where(top == float("-inf"), 0.0, top)
+    w_exact = tl.exp2(exact - top)
+    mass = tl.zeros([ROWS], tl.float32)
+    for s in range(splits):
+        mass += tl.exp2(tl.load(lse_packed + s * split + at, mask=ok, other=float("-inf")) - top)
+    total = w_exact + mass
+    if LOGITS:
+        total += tl.exp2(logit - top)
+    share = tl.where((total > 0) & (i >= skip), 1.0 / total, 0.0)
+
+    dims = tl.arange(0, DP)
+    inside = ok[:, None] & (dims < D)[None, :]
+    o = tl.load(o_exact + at[:, None] * D + dims[None, :], mask=inside, other=0.0) * (w_exact * share)[:, None]
+    for first in range(0, DP, KC):
+        chunk = first + tl.arange(0, KC)
+        ok_chunk = ok[:, None] & (chunk < D)[None, :]
+        x = tl.zeros([ROWS, KC], tl.float32)
+        for s in range(splits):
+            weight = tl.exp2(tl.load(lse_packed + s * split + at, mask=ok, other=float("-inf")) - top) * share
+            part = tl.load(o_packed + (s * split + at)[:, None] * D + chunk[None, :], mask=ok_chunk, other=0.0)
+            x += part * weight[:, None]
+        x_high, x_low = _split(x, OPERAND)
+        m_high, m_low = _split_map(_load_map(output_map + h * D * D, first, D, DP, KC), 1.0, 1.0, OPERAND)
+        o = tl.dot(x_low, m_high, o, input_precision="ieee")
+        o = tl.dot(x_high, m_low, o, input_precision="ieee")
+        o = tl.dot(x_high, m_high, o, input_precision="ieee")
+    offset = tl.load(value_shift + h * D + dims, mask=dims < D, other=0.0)
+    o += (mass * share)[:, None] * offset[None, :]
+    tl.store(out + at[:, None] * D + dims[None, :], o.to(out.dtype.element_ty), mask=inside)
+
+
+def grid_values(book) -> tuple[float, ...]:
+    """Levels times unit, indexed by code: small numbers exact in fp16 and bf16.  Empty at 8 bits (the code itself)."""
+    return () if book.bits == 8 else tuple(x * book.unit for x in book.levels)
+
+
+def lookup_asm(book, dtype: torch.dtype) -> str | None:
+    """PTX that turns a word of eight nibbles into eight 16-bit floats with byte permutes; None at 8 bits.
+
+    Eight table entries (the magnitudes at 4 bits) lie in two registers of high bytes and two of low bytes, and each
+    nibble is itself a selector.
+    """
+    if book.bits == 8:
+        return None
+    dtype = torch.float16 if dtype == torch.float32 else dtype
+    entries = (torch.tensor(grid_values(book)[:8], dtype=torch.float64).to(dtype).view(torch.int16) & 0xFFFF).tolist()
+    entries += [0] * (8 - len(entries))
+
+    def half(shift: int, first: int) -> str:
+        return hex(sum((((e & 0xFFFF) >> shift) & 0xFF) << (8 * n) for n, e in enumerate(entries[first : first + 4])))
+
+    lines = [".reg .b32 n, g, h, l, a, b;"]
+    if book.bits == 4:
+        lines += ["and.b32 n, $8, 0x77777777;", "shr.u32 g, $8, 3;", "and.b32 g, g, 0x11111111;"]
+    else:
+        lines += ["mov.b32 n, $8;"]
+    for part in (0, 4):
+        if part:
+            lines += ["shr.u32 n, n, 16;"]
+        lines += [f"prmt.b32 h, {half(8, 0)}, {half(8, 4)}, n;", f"prmt.b32 l, {half(0, 0)}, {half(0, 4)}, n;"]
+        if book.bits == 4:
+            lines += ["shr.u32 g, g, 16;"] if part else []
+            lines += ["prmt.b32 a, 0x8000, 0, g;", "or.b32 h, h, a;"]
+        lines += ["prmt.b32 a, l, h, 0x5140;", "prmt.b32 b, l, h, 0x7362;"]
+        lines += [f"mov.b32 {{${part}, ${part + 1}}}, a;", f"mov.b32 {{${part + 2}, ${part + 3}}}, b;"]
+    return "{ " + " ".join(lines) + " }"
+
+
+def operands(dtype: torch.dtype, interpreted: bool) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """Dot operand types for packed keys, packed values and exact tokens.  The interpreter's bf16 product is wrong."""
+    if dtype == torch.float32 or (interpreted and dtype == torch.bfloat16):
+        return torch.float32, torch.float32, torch.float32
+    return torch.float16, dtype, dtype
+
+
+_TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def launch_options(dim: int, rows: int, dtype: torch.dtype, wide: bool) -> dict[str, dict[str, int]]:
+    """Block sizes of the two attention kernels for `rows` = G * q_len query rows per KV head."""
+    padded = _padded(dim)
+    m = min(128, max(16, triton.next_power_of_2(rows)))
+    if dtype == torch.float32:
+        m = min(m, 32)
+        warps, n, stages = 4, 32, 1
+    else:
+        if padded > 128 or not wide:
+            m = min(m, 64)
+        warps, n, stages = (8 if m == 128 else 4), (64 if padded <= 128 else 32), 2
+    return {
+        "packed": {"M": m, "TILES": n // 32, "num_warps": warps, "num_stages": stages},
+        "exact": {"M": m, "N": n, "num_warps": warps, "num_stages": stages},
+    }
+
+
+def extend_attention(
+    q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor,
+    k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor,
+    k_sinks: torch.Tensor, v_sinks: torch.Tensor, k_recent: torch.Tensor, v_recent: torch.Tensor,
+    length: torch.Tensor, start: torch.Tensor, query_map: torch.Tensor, key_shift: torch.Tensor,
+    output_map: torch.Tensor, value_shift: torch.Tensor, window: int, scale: float, softcap: float,
+    sink_logits: torch.Tensor | None, key_book, value_book,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of q [B, Hq, q_len, D] over a packed cache of `length` tokens and causally over k_new, v_new.
+
+    Arguments and result are those of `reference.attention`; `key_book` and `value_book` have fields bits, levels, unit.
+
+    Raises:
+        ValueError: strides that a kernel cannot follow.
+    """
+    batch, q_heads, q_len, dim = q.shape
+    heads, capacity, sinks = k_codes.shape[1], k_recent.shape[2], k_sinks.shape[2]
+    group = q_heads // heads
+    if k_sinks.stride() != v_sinks.stride() or k_recent.stride() != v_recent.stride():
+        raise ValueError("expected sinks (and rings) of keys and values to have equal strides; allocate them alike")
+    if any(t.stride(-1) != 1 for t in (k_codes, v_codes, k_scales, v_scales)):
+        raise ValueError("expected codes and scales contiguous along their last dimension; call .contiguous() on them")
+    interpreted = triton.knobs.runtime.interpret
+    k_type, v_type, exact_type = operands(q.dtype, interpreted)
+    asm = not interpreted and torch.version.hip is None
+    precision = "tf32x3" if q.dtype == torch.float32 and not interpreted else "ieee"
+    split_operand = tl.float32 if interpreted else tl.bfloat16
+    padded = _padded(dim)
+    options = launch_options(dim, group * q_len, q.dtype, _wide(q.device))
+    k_words, v_words = k_codes.view(torch.int32), v_codes.view(torch.int32)
+    query_map, output_map = query_map.contiguous(), output_map.contiguous()
+    key_shift, value_shift = key_shift.contiguous(), value_shift.contiguous()
+
+    def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    rows = 32
+    per_head = (batch * q_heads, triton.cdiv(q_len, rows))
+    rotated, unit, bias = buffer(batch, q_heads, q_len, dim, dtype=k_type), buffer(*q.shape[:3]), buffer(*q.shape[:3])
+    rotate_kernel[per_head](
+        q, rotated, unit, bias, query_map, key_shift, *q.stride(), q_heads, group, q_len,
+        D=dim, DP=padded, KC=32, ROWS=rows, OPERAND=split_operand, num_warps=4, num_stages=1,
+    )  # fmt: skip
+
+    blocks = triton.cdiv(group * q_len, options["packed"]["M"])
+    cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
+    splits = max(1, min(2 * cores // (blocks * batch * heads), k_codes.shape[2] // 8, 64))
+    o_packed, lse_packed = buffer(splits, *q.shape), buffer(splits, *q.shape[:3])
+    packed_kernel[(blocks, batch * heads, splits)](
+        rotated, unit, bias, k_words, k_scales, v_words, v_scales, o_packed, lse_packed, length, start,
+        *k_words.stride()[:3], *k_scales.stride()[:3], *v_words.stride()[:3], *v_scales.stride()[:3],
+        heads, group, q_len, capacity, sinks, window, scale, 1 / key_book.unit if key_book.bits < 8 else 1 / 127,
+        1 / value_book.unit if value_book.bits < 8 else 1 / 127, softcap,
+        D=dim, DP=padded, K_BITS=key_book.bits, V_BITS=value_book.bits,
+        K_LEVELS=grid_values(key_book), V_LEVELS=grid_values(value_book),
+        K_ASM=lookup_asm(key_book, k_type) if asm else None, V_ASM=lookup_asm(value_book, v_type) if asm else None,
+        CAP=softcap > 0, V_OPERAND=_TL[v_type], PRECISION=precision, **options["packed"],
+    )  # fmt: skip
+
+    o_exact, lse_exact = buffer(*q.shape), buffer(*q.shape[:3])
+    exact_kernel[(triton.cdiv(group * q_len, options["exact"]["M"]), batch * heads)](
+        q, k_new, v_new, k_sinks, v_sinks, k_recent, v_recent, o_exact, lse_exact, length, start,
+        *q.stride(), *k_new.stride(), *v_new.stride(), *k_sinks.stride(), *k_recent.stride(),
+        heads, group, q_len, capacity, sinks, window, scale, softcap,
+        D=dim, DP=padded, CAP=softcap > 0, OPERAND=_TL[exact_type], PRECISION=precision, **options["exact"],
+    )  # fmt: skip
+
+    out = buffer(*q.shape, dtype=q.dtype)
+    merge_kernel[per_head](
+        o_exact, lse_exact, o_packed, lse_packed, sink_logits, out, output_map, value_shift, length, start,
+        q_heads, group, q_len, splits, capacity, sinks, window,
+        D=dim, DP=padded, KC=32, ROWS=rows, LOGITS=sink_logits is not None, OPERAND=split_operand,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,180 @@
+"""Decode attention (one query token per row) over packed K and V: three launches, no synchronisation with the host.
+
+    query.py            rotate and split the queries; attend to sinks and recent tokens, which are exact
+    decode_gluon.py     packed tiles, split over the sequence (or decode_portable.py: same tiles, any GPU)
+    combine.py          merge, un-rotate once, add the exact part
+
+Row lengths are read from device memory by each launch; the grids depend on shapes and the number of SMs only, so a
+captured CUDA graph replays correctly while the cache grows.
+"""
+
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+import triton
+
+from .combine import combine_kernel
+from .decode_portable import portable_splits_kernel
+from .query import prepare_kernel
+
+LOG2E = 1.4426950408889634
+MAX_SPLITS = 512
+
+
+class Codebook(Protocol):
+    """What the kernels need of tq_ao.codebook.Codebook."""
+
+    bits: int
+    table: tuple[int, ...]
+    unit: float
+    offset: float
+
+    def tensor(self, device: torch.device) -> torch.Tensor: ...
+
+
+def _gluon_obstacle(device: torch.device) -> str | None:
+    """Why the Gluon kernel cannot run on `device`, or None."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "it needs an NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if (major, minor) >= (8, 9) else f"it needs compute capability 8.9, this GPU has {major}.{minor}"
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@lru_cache
+def table_words(bits: int, table: tuple[int, ...]) -> tuple[int, int]:
+    """The 8-byte look-up table of a codebook as two signed 32-bit words; short tables are repeated."""
+    if bits == 8:
+        return 0, 0
+    eight = (list(table) * 8)[:8]
+    low, high = (int.from_bytes(bytes(part), "little") for part in (eight[:4], eight[4:]))
+    return tuple(w - (1 << 32) if w >> 31 else w for w in (low, high))  # type: ignore[return-value]
+
+
+def _tiled(name: str, x: torch.Tensor, inner: tuple[int, ...]) -> tuple[int, int]:
+    """Batch and head strides of [B, H, *inner] whose inner part must be contiguous."""
+    expected = 1
+    for size, stride in zip(reversed(inner), reversed(x.stride()[2:]), strict=True):
+        if size > 1 and stride != expected:
+            raise ValueError(
+                f"expected {name} with contiguous dimensions from the third on, got strides {x.stride()}; call contiguous()"
+            )
+        expected *= size
+    return x.stride(0), x.stride(1)
+
+
+def split_count(programs: int, tiles: int, resident: int, tiles_per_step: int) -> int:
+    """How many splits fill `resident` slots with `programs` programs each, at least four steps to a split."""
+    most = max(1, triton.cdiv(tiles, 4 * tiles_per_step))
+    return max(1, min(resident // programs, most, MAX_SPLITS))
+
+
+def decode_attention(
+    q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor,
+    k_sinks: torch.Tensor, v_sinks: torch.Tensor, k_recent: torch.Tensor, v_recent: torch.Tensor,
+    length: torch.Tensor, start: torch.Tensor, query_map: torch.Tensor, key_shift: torch.Tensor,
+    output_map: torch.Tensor, value_shift: torch.Tensor, window: int, scale: float, softcap: float,
+    sink_logits: torch.Tensor | None, key_book: Codebook, value_book: Codebook, impl: str = "auto",
+) -> torch.Tensor:  # fmt: skip
+    """Attention of one query token per row over a packed cache; the meaning of every argument is reference.attention's.
+
+    Args:
+        q: [B, Hq, 1, D] in bfloat16, float16 or float32.
+        key_book, value_book: the codebooks of k_codes and v_codes.
+        impl: "gluon" (NVIDIA, compute capability 8.9 and newer), "triton" (portable), "auto": the first that runs.
+
+    Returns:
+        [B, Hq, 1, D] in q's dtype.
+
+    Raises:
+        ValueError: more than one query token, a layout the kernels do not read, or an `impl` that does not run here.
+    """
+    batch, q_heads, q_len, dim = q.shape
+    heads, tiles = k_codes.shape[1:3]
+    if q_len != 1:
+        raise ValueError(f"expected one query token per row, got {q_len}; use extend_attention")
+    if impl not in ("auto", "gluon", "triton"):
+        raise ValueError(f"expected impl 'auto', 'gluon' or 'triton', got {impl!r}")
+    obstacle = _gluon_obstacle(q.device)
+    if impl == "gluon" and obstacle:
+        raise ValueError(f"impl='gluon' does not run on {q.device}: {obstacle}; use impl='triton'")
+    use_gluon = impl != "triton" and obstacle is None
+    group, device = q_heads // heads, q.device
+    padded = triton.next_power_of_2(dim)
+    head_tiles = triton.cdiv(group, 8)
+    if q.stride(3) != 1:
+        q = q.contiguous()
+    key_strides = (*_tiled("k_codes", k_codes, k_codes.shape[2:]), *_tiled("k_scales", k_scales, k_scales.shape[2:]))
+    value_strides = (*_tiled("v_codes", v_codes, v_codes.shape[2:]), *_tiled("v_scales", v_scales, v_scales.shape[2:]))
+    sink_strides = _tiled("k_sinks", k_sinks, k_sinks.shape[2:])
+    recent_strides = _tiled("k_recent", k_recent, k_recent.shape[2:])
+    pairs = ((k_sinks, v_sinks), (k_recent, v_recent))
+    if any(k.stride() != v.stride() and k.numel() for k, v in pairs):
+        raise ValueError("expected the same strides for the keys and the values of sinks and recent tokens")
+    maps = [x.contiguous() for x in (query_map, key_shift, output_map, value_shift)]
+    query_map, key_shift, output_map, value_shift = maps
+
+    factor = scale * LOG2E
+    cap = softcap * LOG2E
+    if softcap:
+        factor *= 2.0 / softcap
+    sinks, capacity = k_sinks.shape[2], k_recent.shape[2]
+    resident = _multiprocessors(device) * 16
+    tiles_per_step = 2
+    tiles_per_program = min(head_tiles, 2)
+    programs = batch * heads * triton.cdiv(head_tiles, tiles_per_program)
+    splits = split_count(programs, tiles, resident, tiles_per_step)
+
+    f32 = torch.float32
+    rows = batch * q_heads
+    if use_gluon:
+        rotated = torch.empty(batch * heads * head_tiles * 16 * dim, dtype=torch.int8, device=device)
+    else:
+        rotated = torch.empty(rows * dim, dtype=f32, device=device)
+    meta = torch.empty(batch * heads * head_tiles * 32, dtype=f32, device=device)
+    exact_o, exact_ml = torch.empty(rows * dim, dtype=f32, device=device), torch.empty(2 * rows, dtype=f32, device=device)
+    split_o = torch.empty(rows * splits * dim, dtype=f32, device=device)
+    split_ml = torch.empty(2 * rows * splits, dtype=f32, device=device)
+    out = torch.empty(batch, q_heads, 1, dim, dtype=q.dtype, device=device)
+
+    prepare_kernel[(batch * heads, triton.cdiv(group, 16))](
+        q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, meta, exact_o, exact_ml,
+        q.stride(0), q.stride(1), *sink_strides, *recent_strides, heads, sinks, window, capacity, factor,
+        1.0 / key_book.unit if use_gluon else 1.0, cap, *table_words(key_book.bits, key_book.table),
+        *table_words(value_book.bits, value_book.table), key_book.offset,
+        G=group, D=dim, DP=padded, SPLIT_INT8=use_gluon, SOFTCAP=softcap > 0, BLOCK=32, num_warps=4,
+    )  # fmt: skip
+    if use_gluon:
+        from .decode_gluon import gluon_splits_kernel
+        from .fragments import unpack_asm, unpack_constraints
+
+        gluon_splits_kernel[(splits, batch * heads, triton.cdiv(head_tiles, tiles_per_program))](
+            rotated, meta, k_codes.view(torch.int8), k_scales, v_codes.view(torch.int8), v_scales, length, start,
+            split_o, split_ml, *key_strides, *value_strides, heads, sinks, window, capacity, splits, cap,
+            1.0 / value_book.unit, G=group, D=dim, K_BITS=key_book.bits, V_BITS=value_book.bits, HT=tiles_per_program,
+            TILES=tiles_per_step, STAGES=2, SOFTCAP=softcap > 0,
+            K_ASM=unpack_asm(key_book.bits, False), K_CONSTRAINTS=unpack_constraints(key_book.bits),
+            V_ASM=unpack_asm(value_book.bits, True), V_CONSTRAINTS=unpack_constraints(value_book.bits), num_warps=1,
+        )  # fmt: skip
+    else:
+        k_strides = (key_strides[0] // 4, key_strides[1] // 4, *key_strides[2:])
+        v_strides = (value_strides[0] // 4, value_strides[1] // 4, *value_strides[2:])
+        portable_splits_kernel[(splits, batch * heads, triton.cdiv(group, 16))](
+            rotated, meta, k_codes.view(torch.int32), k_scales, v_codes.view(torch.int32), v_scales,
+            key_book.tensor(device), value_book.tensor(device), length, start, split_o, split_ml, *k_strides, *v_strides,
+            heads, sinks, window, capacity, splits, cap, 1.0, G=group, D=dim, DP=padded,
+            K_BITS=key_book.bits, V_BITS=value_book.bits, SOFTCAP=softcap > 0, PRECISION="tf32x3", num_warps=4,
+        )  # fmt: skip
+    # Few rows: one head to a program, many splits at a time.
+    per_program = 1 if rows <= 2 * _multiprocessors(device) else min(16, triton.next_power_of_2(group))
+    combine_kernel[(batch * heads, triton.cdiv(group, per_program))](
+        split_o, split_ml, exact_o, exact_ml, output_map, value_shift, sink_logits if sink_logits is not None else exact_ml,
+        out, heads, splits, G=group, D=dim, DP=padded, R=per_program, SLOTS=max(16, per_program),
+        HAS_SINK=sink_logits is not None, num_warps=4,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,383 @@
+"""Splits of a decode step over packed K and V on the tensor cores, codes as MMA operands (Gluon, sm_89 and newer).
+
+Per step of TILES tiles (32 tokens each) of one KV head, for up to 8 HT query heads:
+
+    S   = [q_hi; q_lo] K^T         int8 x int8 -> int32 (m16n8k32), s = (128 S_hi + S_lo) * |k| * step
+    m'  = max(m, max s)            p = 2 ** (s - m')
+    O^T = O^T * 2 ** (m - m') + V^T (p |v|)^T        fp16 x fp16 -> float32 (m16n8k16)
+
+Grid: (splits, batch * KV heads, tiles of 8 HT query heads).  Block: one warp with its own online softmax, a ring of
+STAGES steps filled by cp.async.  Rows of different length split what they have: the grid only knows the capacity.
+"""
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from .fragments import INT8_TO_FP16
+
+# Newer names first: Triton 3.6 spells both differently.
+async_load = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+RESCALE = gl.constexpr(4.0)  # p is kept 2 ** 4 larger: small p |v| stay normal in fp16
+
+
+@gluon.jit
+def _join8(r):
+    """Eight tensors -> trailing dimension of 8."""
+    a = gl.join(gl.join(r[0], r[1]), gl.join(r[2], r[3]))
+    b = gl.join(gl.join(r[4], r[5]), gl.join(r[6], r[7]))
+    # [..., r0, r1, r2] -> [..., r2, r1, r0]
+    return gl.permute(gl.join(a, b), (0, 3, 2, 1))
+
+
+@gluon.jit
+def _unpack_key(planes, low, high, ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, BITS: gl.constexpr):
+    """Planes int8 [bytes] -> 8 int8 tensors, register r = 0..7 of every group."""
+    if BITS == 8:
+        return planes
+    return gl.inline_asm_elementwise(
+        ASM, CONSTRAINTS, planes + (low, high), is_pure=True, pack=4,
+        dtype=(gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _unpack_value(planes, low, high, ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, BITS: gl.constexpr):
+    """Planes int8 [bytes] -> 8 fp16 tensors, register r = 0..7 of every group."""
+    half = ()
+    if BITS == 8:
+        for i in gl.static_range(8):
+            x = gl.inline_asm_elementwise(
+                INT8_TO_FP16, "=&r,=&r,r", [planes[i]], dtype=gl.float16, is_pure=True, pack=4
+            )
+            half = half + (x,)
+    else:
+        e4m3 = gl.inline_asm_elementwise(
+            ASM, CONSTRAINTS, planes + (low, high), is_pure=True, pack=4,
+            dtype=(gl.float8e4nv, gl.float8e4nv, gl.float8e4nv, gl.float8e4nv,
+                   gl.float8e4nv, gl.float8e4nv, gl.float8e4nv, gl.float8e4nv),
+        )  # fmt: skip
+        for i in gl.static_range(8):
+            half = half + (e4m3[i].to(gl.float16),)
+    return half
+
+
+@gluon.jit
+def _load_planes(ring, at, BITS: gl.constexpr, CHUNKS: gl.constexpr, RAW: gl.constexpr):
+    planes = ()
+    for w in gl.static_range(BITS):
+        planes = planes + (ring.index(at + w * CHUNKS).load(RAW),)
+    return planes
+
+
+@gluon.jit
+def _key_operand(r, D: gl.constexpr):
+    """Registers of all groups of a power-of-two D -> K^T int8 [D, 32]."""
+    RJ: gl.constexpr = 8 if D >= 128 else D // 16
+    RI: gl.constexpr = 8 // RJ
+    GI: gl.constexpr = 4 // RI
+    GJ: gl.constexpr = D // 16 // RJ
+    # g t gi gj byte ri rj -> (gj rj t byte) (gi ri g)
+    x = gl.reshape(_join8(r), [8, 4, GI, GJ, 4, RI, RJ])
+    return gl.reshape(gl.permute(x, (3, 6, 1, 4, 2, 5, 0)), [D, 32])
+
+
+@gluon.jit
+def _key_block(r, first: gl.constexpr, STRIDE: gl.constexpr):
+    """Registers r[i * STRIDE + j], j = first, first + 1, of all groups -> K^T int8 [32 dimensions, 32]."""
+    eight = ()
+    for i in gl.static_range(4):
+        eight = eight + (r[i * STRIDE + first], r[i * STRIDE + first + 1])
+    x = gl.reshape(_join8(eight), [8, 4, 4, 4, 2])  # g t byte i jj
+    return gl.reshape(gl.permute(x, (4, 1, 2, 3, 0)), [32, 32])
+
+
+@gluon.jit
+def _softcapped(s, cap):
+    """As query.softcapped."""
+    return cap - 2.0 * cap / (gl.exp2(s) + 1.0)
+
+
+@gluon.jit
+def _value_operand(r, GROUPS: gl.constexpr):
+    """Registers of GROUPS groups, fp16 -> V^T [32 GROUPS, 32]."""
+    # g t group b1 b0 m j0 -> (group m g) (j0 b1 t b0)
+    x = gl.reshape(_join8(r), [8, 4, GROUPS, 2, 2, 4, 2])
+    return gl.reshape(gl.permute(x, (2, 5, 0, 6, 3, 1, 4)), [32 * GROUPS, 32])
+
+
+@gluon.jit
+def _halves(x):
+    """[16, 32] -> rows 0-7 and 8-15, which are in the same thread."""
+    return gl.split(gl.permute(gl.reshape(x, [2, 8, 32]), (1, 2, 0)))
+
+
+@gluon.jit
+def _fetch(
+    ring, scales, p_k, p_v, p_ks, p_vs, tile, last, slot, copy_at, scale_at,
+    D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, TILES: gl.constexpr, CHUNKS: gl.constexpr,
+):  # fmt: skip
+    """Start copying TILES tiles from `tile` (not beyond `last`) to ring slot `slot`."""
+    PLANES: gl.constexpr = (K_BITS + V_BITS) * CHUNKS
+    for j in gl.static_range(TILES):
+        t = gl.minimum(tile + j, last).to(gl.int64)
+        at = (slot * TILES + j) * PLANES
+        for c in gl.static_range(CHUNKS):
+            for w in gl.static_range(K_BITS):
+                async_load(ring.index(at + w * CHUNKS + c), p_k + t * (4 * D * K_BITS) + (w * 4 * D + c * 4) + copy_at)
+            for w in gl.static_range(V_BITS):
+                async_load(
+                    ring.index(at + (K_BITS + w) * CHUNKS + c),
+                    p_v + t * (4 * D * V_BITS) + (w * 4 * D + c * 4) + copy_at,
+                )
+        async_load(scales.index((slot * TILES + j) * 2), p_ks + t * 32 + scale_at)
+        async_load(scales.index((slot * TILES + j) * 2 + 1), p_vs + t * 32 + scale_at)
+
+
+@gluon.jit
+def _step(
+    q, q_start, step_size, bias, m, l, acc, ring, scales, p_k, p_v, p_ks, p_vs, k_low, k_high, v_low, v_high,
+    step, first, end, last, packed, cap, copy_at, scale_at, token,
+    D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, HT: gl.constexpr, TILES: gl.constexpr,
+    STAGES: gl.constexpr, CHUNKS: gl.constexpr, SOFTCAP: gl.constexpr, MASKED: gl.constexpr,
+    K_ASM: gl.constexpr, K_CONSTRAINTS: gl.constexpr, V_ASM: gl.constexpr, V_CONSTRAINTS: gl.constexpr,
+    S_L: gl.constexpr, RAW: gl.constexpr,
+):  # fmt: skip
+    """Fetch ahead, then one online-softmax step over TILES tiles; tuples hold one entry per head tile (and chunk)."""
+    KB: gl.constexpr = gl.DotOperandLayout(1, S_L, 4)
+    VA: gl.constexpr = gl.DotOperandLayout(0, S_L, 2)
+    PB: gl.constexpr = gl.DotOperandLayout(1, S_L, 2)
+    PLANES: gl.constexpr = (K_BITS + V_BITS) * CHUNKS
+    BLOCKS: gl.constexpr = D // 32
+    async_copy.wait_group(STAGES - 2)
+    barrier()
+    ahead = step + (STAGES - 1)
+    if ahead < end:
+        _fetch(
+            ring, scales, p_k, p_v, p_ks, p_vs, ahead * TILES, last, (ahead - first) % STAGES, copy_at, scale_at,
+            D, K_BITS, V_BITS, TILES, CHUNKS,
+        )  # fmt: skip
+    async_copy.commit_group()
+    slot = (step - first) % STAGES * TILES
+    left = packed - step * (32 * TILES)
+
+    s = ()
+    for j in gl.static_range(TILES):
+        at = (slot + j) * PLANES
+        raw = ()
+        if CHUNKS == 1:
+            planes = _load_planes(ring, at, K_BITS, 1, RAW)
+            kT = _key_operand(_unpack_key(planes, k_low, k_high, K_ASM, K_CONSTRAINTS, K_BITS), D)
+            kT = gl.convert_layout(kT, KB, assert_trivial=True)
+            for x in gl.static_range(HT):
+                raw = raw + (mma_v2(q[x], kT, q_start[x]),)
+        else:
+            r = ()
+            for c in gl.static_range(CHUNKS):
+                planes = _load_planes(ring, at + c, K_BITS, CHUNKS, RAW)
+                r = r + _unpack_key(planes, k_low, k_high, K_ASM, K_CONSTRAINTS, K_BITS)
+            for x in gl.static_range(HT):
+                total = q_start[x]
+                for k in gl.static_range(BLOCKS):
+                    I: gl.constexpr = D // 16
+                    kT = _key_block(r, 2 * k, I)
+                    total = mma_v2(q[x * CHUNKS + k], gl.convert_layout(kT, KB, assert_trivial=True), total)
+                raw = raw + (total,)
+        norm = scales.index((slot + j) * 2).load(token.type.layout).to(gl.float32)
+        for x in gl.static_range(HT):
+            hi, lo = _halves(raw[x])
+            score = (hi * 128 + lo).to(gl.float32) * norm[None, :]
+            if SOFTCAP:
+                score = _softcapped(score * step_size[x][:, None] + bias[x][:, None], cap)
+            if MASKED:
+                score = gl.where((token + 32 * j < left)[None, :], score, float("-inf"))
+            s = s + (score,)
+
+    m_new = ()
+    l_new = ()
+    scaled = ()
+    for x in gl.static_range(HT):
+        top = s[x]
+        for j in gl.static_range(1, TILES):
+            top = gl.maximum(top, s[j * HT + x])
+        top = gl.max(top, axis=1)
+        if not SOFTCAP:
+            top = top * step_size[x]
+        top = gl.maximum(m[x], top)
+        alpha = gl.exp2(m[x] - top)
+        m_new = m_new + (top,)
+        l_new = l_new + (l[x] * alpha,)
+        column_alpha = gl.convert_layout(alpha, gl.SliceLayout(0, S_L))
+        for c in gl.static_range(CHUNKS):
+            scaled = scaled + (acc[x * CHUNKS + c] * column_alpha[None, :],)
+    acc = scaled
+
+    for j in gl.static_range(TILES):
+        norm = scales.index((slot + j) * 2 + 1).load(token.type.layout).to(gl.float32)
+        if MASKED:
+            norm = gl.where(token + 32 * j < left, norm, 0.0)
+        pT = ()
+        total = ()
+        for x in gl.static_range(HT):
+            shift = RESCALE - m_new[x]
+            if SOFTCAP:
+                p = gl.exp2(s[j * HT + x] + shift[:, None])
+            else:
+                p = gl.exp2(s[j * HT + x] * step_size[x][:, None] + shift[:, None])
+            total = total + (l_new[x] + gl.sum(p, axis=1),)
+            weighted = gl.permute((p * norm[None, :]).to(gl.float16), (1, 0))
+            pT = pT + (gl.convert_layout(weighted, PB, assert_trivial=True),)
+        l_new = total
+        at = (slot + j) * PLANES + K_BITS * CHUNKS
+        fresh = ()
+        vT = ()
+        for c in gl.static_range(CHUNKS):
+            planes = _load_planes(ring, at + c, V_BITS, CHUNKS, RAW)
+            r = _unpack_value(planes, v_low, v_high, V_ASM, V_CONSTRAINTS, V_BITS)
+            vT = vT + (gl.convert_layout(_value_operand(r, BLOCKS // CHUNKS), VA, assert_trivial=True),)
+        for x in gl.static_range(HT):
+            for c in gl.static_range(CHUNKS):
+                fresh = fresh + (mma_v2(vT[c], pT[x], acc[x * CHUNKS + c]),)
+        acc = fresh
+    return m_new, l_new, acc
+
+
+@gluon.jit
+def gluon_splits_kernel(
+    rotated, meta, k_codes, k_scales, v_codes, v_scales, length, start, split_o, split_ml,
+    stride_kb, stride_kh, stride_ksb, stride_ksh, stride_vb, stride_vh, stride_vsb, stride_vsh,
+    heads, sinks, window, capacity, splits, cap, inverse_unit,
+    G: gl.constexpr, D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, HT: gl.constexpr,
+    TILES: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
+    K_ASM: gl.constexpr, K_CONSTRAINTS: gl.constexpr, V_ASM: gl.constexpr, V_CONSTRAINTS: gl.constexpr,
+    num_warps: gl.constexpr = 1,
+):  # fmt: skip
+    """Un-normalised output, maximum (log2, bias included) and sum of each split of the packed tokens.
+
+    rotated: int8 [B * H, tiles of 8 heads, 16, D] and meta as `query.prepare_kernel` writes them; codes as int8
+    [B, H, T, tile bytes]; scales fp16 [B, H, T, 32]; outputs as `combine.combine_kernel` reads them.
+    """
+    GROUPS: gl.constexpr = D // 32
+    CHUNKS: gl.constexpr = 1 if (GROUPS & (GROUPS - 1)) == 0 else GROUPS
+    CHUNK_GROUPS: gl.constexpr = GROUPS // CHUNKS
+    CHUNK_BYTES: gl.constexpr = 4 * D // CHUNKS
+    LANE_BYTES: gl.constexpr = CHUNK_BYTES // 32
+    QD: gl.constexpr = D // CHUNKS
+    HEAD_TILES: gl.constexpr = (G + 7) // 8
+    PLANES: gl.constexpr = (K_BITS + V_BITS) * CHUNKS
+
+    S_L: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
+    QA: gl.constexpr = gl.DotOperandLayout(0, S_L, 4)
+    KB: gl.constexpr = gl.DotOperandLayout(1, S_L, 4)
+    VA: gl.constexpr = gl.DotOperandLayout(0, S_L, 2)
+    PB: gl.constexpr = gl.DotOperandLayout(1, S_L, 2)
+    RAW: gl.constexpr = gl.BlockedLayout([LANE_BYTES], [32], [1], [0])
+    COPY: gl.constexpr = gl.BlockedLayout([LANE_BYTES if LANE_BYTES < 16 else 16], [32], [1], [0])
+    COPY_SCALE: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+
+    split = gl.program_id(0)
+    bh = gl.program_id(1)
+    group = gl.program_id(2) * HT
+    b = (bh // heads).to(gl.int64)
+    h = (bh % heads).to(gl.int64)
+
+    n = gl.maximum(gl.load(length) - gl.load(start + b), 0).to(gl.int32)
+    packed = gl.where(capacity == 0, gl.maximum(n - sinks, 0), gl.maximum(n - sinks - window, 0) // 32 * 32)
+    tiles = (packed + 31) // 32
+    steps = (tiles + TILES - 1) // TILES
+    first = (split.to(gl.int64) * steps // splits).to(gl.int32)
+    end = ((split + 1).to(gl.int64) * steps // splits).to(gl.int32)
+
+    zero = gl.zeros([16, 32], gl.int32, S_L)
+    hi0, lo0 = _halves(zero)
+    SL: gl.constexpr = hi0.type.layout
+    HEAD: gl.constexpr = gl.SliceLayout(1, SL)
+    TOKEN: gl.constexpr = gl.SliceLayout(0, SL)
+    head = gl.arange(0, 8, HEAD)
+    token = gl.arange(0, 32, TOKEN)
+    row = gl.arange(0, 16, gl.SliceLayout(1, QA))
+    col = gl.arange(0, QD, gl.SliceLayout(0, QA))
+    start_row = gl.arange(0, 16, gl.SliceLayout(1, S_L))
+
+    q = ()
+    q_start = ()
+    step_size = ()
+    bias = ()
+    m = ()
+    l = ()
+    acc = ()
+    for x in gl.static_range(HT):
+        at = bh.to(gl.int64) * HEAD_TILES + gl.minimum(group + x, HEAD_TILES - 1)
+        for c in gl.static_range(CHUNKS):
+            q = q + (gl.load(rotated + at * (16 * D) + row[:, None] * D + (c * QD + col)[None, :]),)
+            acc = acc + (gl.zeros([32 * CHUNK_GROUPS, 8], gl.float32, S_L),)
+        # Row 8 + g starts at the half sum, row g at zero: s = 128 hi + lo.
+        begin = gl.load(meta + at * 32 + 16 + start_row % 8).to(gl.int32)
+        begin = gl.where(start_row < 8, 0, begin)
+        q_start = q_start + (zero + begin[:, None],)
+        step_size = step_size + (gl.load(meta + at * 32 + head),)
+        bias = bias + (gl.load(meta + at * 32 + 8 + head),)
+        m = m + (gl.full([8], -1e30, gl.float32, HEAD),)
+        l = l + (gl.full([8], 0.0, gl.float32, HEAD),)
+    tables = meta + bh.to(gl.int64) * (HEAD_TILES * 32) + 24
+    k_low = gl.load(tables).to(gl.int32, bitcast=True)
+    k_high = gl.load(tables + 1).to(gl.int32, bitcast=True)
+    v_low = gl.load(tables + 2).to(gl.int32, bitcast=True)
+    v_high = gl.load(tables + 3).to(gl.int32, bitcast=True)
+
+    ring = gl.allocate_shared_memory(gl.int8, [STAGES * TILES * PLANES, CHUNK_BYTES], FLAT)
+    scales = gl.allocate_shared_memory(gl.float16, [STAGES * TILES * 2, 32], FLAT)
+    p_k = k_codes + b * stride_kb + h * stride_kh
+    p_v = v_codes + b * stride_vb + h * stride_vh
+    p_ks = k_scales + b * stride_ksb + h * stride_ksh
+    p_vs = v_scales + b * stride_vsb + h * stride_vsh
+    copy_at = gl.arange(0, CHUNK_BYTES, COPY)
+    if CHUNKS > 1:
+        copy_at = copy_at // 4 * (D // 8) + copy_at % 4
+    scale_at = gl.arange(0, 32, COPY_SCALE)
+    last = gl.maximum(tiles - 1, 0)
+
+    for s in gl.static_range(STAGES - 1):
+        if first + s < end:
+            _fetch(
+                ring, scales, p_k, p_v, p_ks, p_vs, (first + s) * TILES, last, s, copy_at, scale_at,
+                D, K_BITS, V_BITS, TILES, CHUNKS,
+            )  # fmt: skip
+        async_copy.commit_group()
+    full = gl.maximum(gl.minimum(end, packed // (32 * TILES)), first)
+    for step in range(first, full):
+        m, l, acc = _step(
+            q, q_start, step_size, bias, m, l, acc, ring, scales, p_k, p_v, p_ks, p_vs, k_low, k_high, v_low, v_high,
+            step, first, end, last, packed, cap, copy_at, scale_at, token,
+            D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, False,
+            K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
+        )  # fmt: skip
+    for step in range(full, end):
+        m, l, acc = _step(
+            q, q_start, step_size, bias, m, l, acc, ring, scales, p_k, p_v, p_ks, p_vs, k_low, k_high, v_low, v_high,
+            step, first, end, last, packed, cap, copy_at, scale_at, token,
+            D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, True,
+            K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
+        )  # fmt: skip
+
+    dim = gl.arange(0, 32 * CHUNK_GROUPS, gl.SliceLayout(1, S_L))
+    column = gl.arange(0, 8, gl.SliceLayout(0, S_L))
+    at_split = (bh * splits + split).to(gl.int64) * G
+    rows = gl.num_programs(1).to(gl.int64) * splits * G
+    for x in gl.static_range(HT):
+        heads_here = (group + x) * 8
+        if end > first:
+            for c in gl.static_range(CHUNKS):
+                to = (heads_here + column)[None, :] * D + (c * 32 * CHUNK_GROUPS + dim)[:, None]
+                inside = ((heads_here + column)[None, :] < G) & (dim[:, None] >= 0)
+                gl.store(split_o + at_split * D + to, acc[x * CHUNKS + c] * inverse_unit, mask=inside)
+        m_out = m[x] - RESCALE
+        if not SOFTCAP:
+            m_out = m_out + bias[x]
+        p_ml = split_ml + at_split + heads_here + head
+        gl.store(p_ml, m_out, mask=heads_here + head < G)
+        gl.store(p_ml + rows, l[x], mask=heads_here + head < G)

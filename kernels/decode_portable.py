@@ -1,0 +1,118 @@
+"""Splits of a decode step over packed K and V in plain Triton: any GPU Triton knows, and its interpreter.
+
+Reads the same tiles as the Gluon kernel, code by code: where the code of (token, dim) sits in a tile (packing.py) does
+not depend on the tile, so word addresses and shifts are computed once per program and every tile is a gather of
+words, a shift, a mask and a look-up of the level.  A warp's 32 gathers of one register hit a few cache lines.
+Grid: (splits, batch * KV heads, tiles of 16 query heads).  Block: 16 query heads x 32 tokens.
+"""
+
+import triton
+import triton.language as tl
+
+from .query import packed_count, softcapped
+
+
+@triton.jit
+def _positions(q, lane, D: tl.constexpr, BITS: tl.constexpr):
+    """Of code q in the codes of a lane: its first word in the tile, its shift, whether its bits sit in three words."""
+    group = q // 32
+    c = q % 32
+    if BITS == 8:
+        word, shift = c // 4, c % 4 * 8
+    elif BITS == 3:
+        word, shift = tl.where(c < 24, c // 8, 0), c % 8 * 4 + tl.where(c < 24, 0, 3)
+    else:
+        word, shift = c // (32 // BITS), c % 8 * 4 + c % (32 // BITS) // 8 * BITS
+    return (word * 32 + lane) * (D // 32) + group, shift, (c >= 24) & (BITS == 3)
+
+
+@triton.jit
+def _codes(p_words, address, shift, spread, live, D: tl.constexpr, BITS: tl.constexpr):
+    x = tl.load(p_words + address, mask=live, other=0) >> shift
+    if BITS != 3:
+        return x & ((1 << BITS) - 1)
+    y = tl.load(p_words + address + D, mask=live & spread, other=0) >> shift
+    z = tl.load(p_words + address + 2 * D, mask=live & spread, other=0) >> shift
+    return tl.where(spread, x & 1 | (y & 1) << 1 | (z & 1) << 2, x & 7)
+
+
+@triton.jit
+def portable_splits_kernel(
+    rotated, meta, k_codes, k_scales, v_codes, v_scales, k_levels, v_levels, length, start, split_o, split_ml,
+    stride_kb, stride_kh, stride_ksb, stride_ksh, stride_vb, stride_vh, stride_vsb, stride_vsh,
+    heads, sinks, window, capacity, splits, cap, inverse_unit,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Un-normalised output, maximum (log2, bias included) and sum of each split of the packed tokens.
+
+    rotated: float32 [B * Hq, D]; meta: as `query.prepare_kernel` writes it; k_codes, v_codes: int32 words
+    [B, H, T, words]; levels: float32 [2 ** bits] in grid units; outputs as `combine.combine_kernel` reads them.
+    """
+    split = tl.program_id(0)
+    bh = tl.program_id(1)
+    b = (bh // heads).to(tl.int64)
+    h = (bh % heads).to(tl.int64)
+    row = tl.arange(0, 16)
+    head = tl.program_id(2) * 16 + row
+    has_head = head < G
+    dims = tl.arange(0, DP)
+    in_dim = dims < D
+    q_row = (bh * G + head).to(tl.int64)
+    # [16, DP]
+    y = tl.load(rotated + q_row[:, None] * D + dims[None, :], mask=has_head[:, None] & in_dim[None, :], other=0.0)
+    TILES: tl.constexpr = (G + 7) // 8
+    p_meta = meta + (bh.to(tl.int64) * TILES + head // 8) * 32 + head % 8
+    bias = tl.load(p_meta + 8, mask=has_head, other=0.0)
+
+    n = tl.maximum(tl.load(length) - tl.load(start + b), 0).to(tl.int32)
+    packed = packed_count(n, sinks, window, capacity)
+    tiles = (packed + 31) // 32
+    begin = (split.to(tl.int64) * tiles // splits).to(tl.int32)
+    end = ((split + 1).to(tl.int64) * tiles // splits).to(tl.int32)
+
+    tok = tl.arange(0, 32)
+    # key: lane = 4 (token % 8) + dim / 4 % 4, code (token / 8, dim / 16, dim % 4);  [DP, 32]
+    k_q = (tok // 8 * (D // 16))[None, :] * 4 + (dims // 16 * 4 + dims % 4)[:, None]
+    k_at, k_shift, k_spread = _positions(k_q, (tok % 8 * 4)[None, :] + (dims // 4 % 4)[:, None], D, K_BITS)
+    # value: lane = 4 (dim % 8) + token / 2 % 4, code (dim / 8, token / 16, token / 8 % 2, token % 2);  [32, DP]
+    v_q = (dims // 8 * 8)[None, :] + (tok // 8 * 2 + tok % 2)[:, None]
+    v_at, v_shift, v_spread = _positions(v_q, (dims % 8 * 4)[None, :] + (tok // 2 % 4)[:, None], D, V_BITS)
+
+    m = tl.full([16], -1e30, tl.float32)
+    l = tl.zeros([16], tl.float32)
+    acc = tl.zeros([16, DP], tl.float32)
+    p_k = k_codes + b * stride_kb + h * stride_kh
+    p_v = v_codes + b * stride_vb + h * stride_vh
+    p_ks = k_scales + b * stride_ksb + h * stride_ksh + tok
+    p_vs = v_scales + b * stride_vsb + h * stride_vsh + tok
+    at = begin.to(tl.int64)
+    for tile in range(begin, end):
+        live = tile * 32 + tok < packed
+        k_code = _codes(p_k + at * (D * K_BITS), k_at, k_shift, k_spread, in_dim[:, None], D, K_BITS)
+        k = tl.load(k_levels + k_code, mask=in_dim[:, None], other=0.0)
+        s = tl.dot(y, k, input_precision=PRECISION)
+        s *= tl.load(p_ks + at * 32, mask=live, other=0.0).to(tl.float32)[None, :]
+        if SOFTCAP:
+            s = softcapped(s + bias[:, None], cap)
+        s = tl.where(live[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, axis=1))
+        p = tl.exp2(s - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        l = l * alpha + tl.sum(p, axis=1)
+        p *= tl.load(p_vs + at * 32, mask=live, other=0.0).to(tl.float32)[None, :]
+        v_code = _codes(p_v + at * (D * V_BITS), v_at, v_shift, v_spread, in_dim[None, :], D, V_BITS)
+        v = tl.load(v_levels + v_code, mask=in_dim[None, :], other=0.0)
+        acc = acc * alpha[:, None] + tl.dot(p, v, input_precision=PRECISION)
+        m = m_new
+        at += 1
+    if not SOFTCAP:
+        m += bias
+
+    at_split = (bh * splits + split).to(tl.int64) * G + head
+    if end > begin:
+        write = has_head[:, None] & in_dim[None, :]
+        tl.store(split_o + at_split[:, None] * D + dims[None, :], acc * inverse_unit, mask=write)
+    rows = tl.num_programs(1).to(tl.int64) * splits * G
+    tl.store(split_ml + at_split, m, mask=has_head)
+    tl.store(split_ml + rows + at_split, l, mask=has_head)

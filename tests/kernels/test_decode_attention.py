@@ -1,0 +1,179 @@
+"""Decode attention kernels against the float64 reference on the same codes.
+
+Without a GPU the plain Triton path runs in the interpreter; with one, every path runs on it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from tq_ao import reference
+from tq_ao.codebook import codebook
+from tq_ao.packing import TILE, tile_bytes
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+class Case(NamedTuple):
+    """Shape of one decode step; `lengths` are the tokens of each row."""
+
+    head_dim: int = 64
+    group: int = 4
+    k_bits: int = 3
+    v_bits: int = 3
+    lengths: tuple[int, ...] = (150,)
+    heads: int = 1
+    sinks: int = 4
+    window: int = 32
+    ring: bool = True
+    softcap: float = 0.0
+    sink_logits: bool = False
+    dtype: torch.dtype = torch.float32
+    shifted: bool = True
+
+
+def make(case: Case, rng: torch.Generator, capacity_tiles: int | None = None) -> dict:
+    """Random tensors of a decode step: codes are uniform, unused slots and scales are poisoned."""
+    rows, dim, heads = len(case.lengths), case.head_dim, case.heads
+    longest = max(case.lengths)
+    tiles = capacity_tiles or -(-max(1, longest) // TILE)
+    ring = (-(-(case.window + 64) // TILE) + 1) * TILE if case.ring else 0
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng)
+
+    def codes(bits: int) -> torch.Tensor:
+        return torch.randint(0, 256, (rows, heads, tiles, tile_bytes(bits, dim)), generator=rng).to(torch.uint8)
+
+    length = torch.tensor(longest + 3)
+    start = length - torch.tensor(case.lengths)
+    cache = {"k_codes": codes(case.k_bits), "k_scales": torch.rand(rows, heads, tiles, TILE, generator=rng) + 0.5}
+    cache |= {"v_codes": codes(case.v_bits), "v_scales": torch.rand(rows, heads, tiles, TILE, generator=rng) + 0.5}
+    for b, n in enumerate(case.lengths):
+        packed = reference.packed_tokens(n, case.sinks, case.window, ring)
+        for name in ("k_scales", "v_scales"):
+            cache[name][b].flatten(1)[:, packed:] = torch.nan
+    for name in ("k_scales", "v_scales"):
+        cache[name] = cache[name].half()
+    for name, slots in (("sinks", case.sinks), ("recent", ring)):
+        for role in "kv":
+            cache[f"{role}_{name}"] = normal(rows, heads, slots, dim).to(case.dtype)
+    shift = 1.0 if case.shifted else 0.0
+    maps = {
+        "query_map": normal(heads, dim, dim) / dim**0.5,
+        "key_shift": shift * normal(heads, dim),
+        "output_map": normal(heads, dim, dim) / dim**0.5,
+        "value_shift": shift * normal(heads, dim),
+    }
+    args = {"q": normal(rows, heads * case.group, 1, dim).to(case.dtype), **cache, "length": length, "start": start, **maps}
+    args |= {"window": case.window, "scale": dim**-0.5, "softcap": case.softcap}
+    args["sink_logits"] = normal(heads * case.group) if case.sink_logits else None
+    return args
+
+
+def to(args: dict, device: torch.device) -> dict:
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
+
+
+def error(case: Case, args: dict, run: Callable[..., torch.Tensor], impl: str) -> float:
+    """Largest relative error of a row and head against float64."""
+    exact = dict(args, q=args["q"].double())
+    expected = reference.attention(**exact, dtype=torch.float64)
+    books = {"key_book": codebook(case.k_bits, "key"), "value_book": codebook(case.v_bits, "value")}
+    out = run(**to(args, DEVICE), **books, impl=impl)
+    assert out.dtype == args["q"].dtype and out.shape == args["q"].shape
+    difference = (out.cpu().double() - expected).norm(dim=-1)
+    return (difference / expected.norm(dim=-1).clamp_min(1e-6)).max().item()
+
+
+PATHS = ["triton", "gluon"] if CUDA else ["triton"]  # Gluon has no interpreter
+CASES = {
+    "bits 3": Case(),
+    "bits 1": Case(k_bits=1, v_bits=1),
+    "bits 2": Case(k_bits=2, v_bits=2),
+    "bits 4": Case(k_bits=4, v_bits=4),
+    "bits 8": Case(k_bits=8, v_bits=8),
+    "bits 4 and 1": Case(k_bits=4, v_bits=1),
+    "bits 2 and 8": Case(k_bits=2, v_bits=8),
+    "head_dim 32": Case(head_dim=32),
+    "head_dim 96": Case(head_dim=96),
+    "head_dim 96, 4 and 2 bits": Case(head_dim=96, k_bits=4, v_bits=2),
+    "head_dim 128": Case(head_dim=128, lengths=(230,)),
+    "head_dim 256": Case(head_dim=256, group=2),
+    "group 1": Case(group=1),
+    "group 7": Case(group=7),
+    "group 8": Case(group=8, heads=2),
+    "group 16": Case(group=16),
+    "group 24": Case(group=24),
+    "rows of different length": Case(lengths=(200, 17, 101, 3), heads=2),
+    "one row is padding": Case(lengths=(100, 0)),
+    "nothing packed": Case(lengths=(36,)),
+    "fewer tokens than sinks": Case(lengths=(2,)),
+    "no sinks": Case(sinks=0),
+    "no ring, partial last tile": Case(ring=False, lengths=(75, 41)),
+    "no ring, no sinks": Case(ring=False, sinks=0, lengths=(64,)),
+    "one tile": Case(lengths=(68,)),
+    "soft-cap": Case(softcap=5.0),
+    "sink logits": Case(sink_logits=True, group=2, heads=2),
+    "fp16": Case(dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("impl", PATHS)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_reference(name: str, impl: str, rng: torch.Generator) -> None:
+    from tq_ao.kernels.decode_attention import decode_attention
+
+    case = CASES[name]
+    limit = 2e-3 if case.dtype == torch.float16 else 1e-3 if impl == "gluon" else 3e-5
+    assert error(case, make(case, rng), decode_attention, impl) < limit
+
+
+def test_every_split_is_merged(rng: torch.Generator) -> None:
+    """More splits than steps: some are empty, and their memory is never read."""
+    from tq_ao.kernels import decode_attention as module
+
+    case = Case(lengths=(300, 5), heads=1)
+    old = module.split_count
+    module.split_count = lambda *_: 7
+    try:
+        assert error(case, make(case, rng), module.decode_attention, "triton") < 3e-5
+    finally:
+        module.split_count = old
+
+
+def test_capacity_beyond_the_length(rng: torch.Generator) -> None:
+    from tq_ao.kernels.decode_attention import decode_attention
+
+    case = Case(lengths=(140, 90))
+    assert error(case, make(case, rng, capacity_tiles=20), decode_attention, "triton") < 3e-5
+
+
+def test_strided_cache(rng: torch.Generator) -> None:
+    """Batch rows taken out of a larger cache keep its strides."""
+    from tq_ao.kernels.decode_attention import decode_attention
+
+    case = Case(lengths=(140, 90), heads=2)
+    args = make(case, rng)
+    for name in ("k_codes", "k_scales", "v_codes", "v_scales", "k_recent", "v_recent"):
+        args[name] = torch.stack([args[name], args[name].clone()], 1)[:, 0]
+    assert error(case, args, decode_attention, "triton") < 3e-5
+
+
+def test_errors(rng: torch.Generator) -> None:
+    from tq_ao.kernels.decode_attention import decode_attention
+
+    case = Case()
+    args = make(case, rng) | {"key_book": codebook(3, "key"), "value_book": codebook(3, "value")}
+    with pytest.raises(ValueError, match="one query token"):
+        decode_attention(**args | {"q": args["q"].expand(-1, -1, 2, -1)})
+    with pytest.raises(ValueError, match="expected impl"):
+        decode_attention(**args, impl="cuda")
+    with pytest.raises(ValueError, match="contiguous"):
+        decode_attention(**args | {"k_codes": args["k_codes"].mT.contiguous().mT})
+    if not CUDA:
+        with pytest.raises(ValueError, match="impl='gluon' does not run on cpu"):
+            decode_attention(**args, impl="gluon")

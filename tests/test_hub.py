@@ -177,6 +177,8 @@ def test_model_card_front_matter_is_what_the_hub_reads():
     results = {(result.metric_type, result.metric_name): result.metric_value for result in data.eval_results}
     assert sorted(results.values()) == [0.0079, 20.5, 20.6]
     assert {result.dataset_type for result in data.eval_results} == {"enwiki"}
+    own = ModelCard(model_card({**REPORT, "text": "/home/me/notes.txt, 3 windows"})).data
+    assert {result.dataset_type for result in own.eval_results} == {"text"}
 
 
 def test_model_card_body_has_the_command_the_measurements_and_the_schedule():

@@ -28,6 +28,8 @@ LAYERS: list[tuple[set[str], set[str]]] = [
         TRANSFORMERS | {"gguf", "matplotlib"},
     ),
     ({"quantize"}, TORCH | {"torchao"}),
+    ({"recipe"}, {"yaml"}),
+    ({"convert"}, TRANSFORMERS),
 ]
 
 

@@ -1,5 +1,6 @@
 """The README.md of a converted model, for people and for the Hub's index."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,11 +54,17 @@ def _front_matter(report: Mapping[str, Any]) -> dict[str, Any]:
         text = str(report.get("text") or "text not recorded")
         result = {
             "task": {"type": "text-generation"},
-            "dataset": {"type": text.split(",")[0].strip(), "name": text},
+            "dataset": {"type": _dataset(text), "name": text},
             "metrics": metrics,
         }
         front["model-index"] = [{"name": _name(report), "results": [result]}]
     return front
+
+
+def _dataset(text: str) -> str:
+    """Identifier for the index: the source's name, or "text" for a file of the user's own."""
+    source = text.split(",")[0].strip()
+    return source if re.fullmatch(r"[\w.-]+", source) else "text"
 
 
 def _name(report: Mapping[str, Any]) -> str:

@@ -83,9 +83,10 @@ def _levels8(nibbles, BITS: tl.constexpr, LEVELS: tl.constexpr, ASM: tl.constexp
             tl.join(tl.join(x1, x5), tl.join(x3, x7)),
         )
         if OPERAND == tl.float32:
-            return x.to(tl.float16, bitcast=True).to(tl.float32)
-        return x.to(OPERAND, bitcast=True)
-    else:  # noqa: RET505 - the branch is taken at compile time
+            y = x.to(tl.float16, bitcast=True).to(tl.float32)
+        else:
+            y = x.to(OPERAND, bitcast=True)
+    else:
         x = tl.join(
             tl.join(tl.join(nibbles, nibbles >> 16), tl.join(nibbles >> 8, nibbles >> 24)),
             tl.join(tl.join(nibbles >> 4, nibbles >> 20), tl.join(nibbles >> 12, nibbles >> 28)),
@@ -94,7 +95,8 @@ def _levels8(nibbles, BITS: tl.constexpr, LEVELS: tl.constexpr, ASM: tl.constexp
         y = tl.full(x.shape, LEVELS[0], tl.float32)
         for i in tl.static_range(1, len(LEVELS)):
             y = tl.where(x == i, LEVELS[i], y)
-        return y.to(OPERAND)
+        y = y.to(OPERAND)
+    return y
 
 
 @triton.jit

@@ -58,6 +58,22 @@ class Attachment:
         return self._last
 
 
+def check_supported(config: PreTrainedConfig) -> None:
+    """Raise ValueError, saying why, if a model of this config cannot have a packed KV cache."""
+    text = config.get_text_config(decoder=True)
+    if text.model_type in UNSUPPORTED_MODELS or getattr(text, "kv_lora_rank", None):
+        raise ValueError(
+            f"{text.model_type}: its attention changes K or V after the cache (latent attention), so they cannot stay packed; "
+            "use a model with ordinary multi-head, grouped-query or multi-query attention"
+        )
+    if config.is_encoder_decoder:
+        raise ValueError(f"{text.model_type}: expected a decoder-only model, got an encoder-decoder")
+    if head_dim(text) % 32:
+        raise ValueError(f"{text.model_type}: expected a head_dim that is a multiple of 32, got {head_dim(text)}; layout v1 has no other shapes")
+    if not quantizable_layers(config):
+        raise ValueError(f"{text.model_type}: no full-attention layers to pack (sliding-window layers keep their own small cache)")
+
+
 def attach(
     model: PreTrainedModel, quantization: TurboQuantConfig, calibrated: Mapping[int, LayerMaps] | None = None
 ) -> PreTrainedModel:
@@ -75,19 +91,9 @@ def attach(
         ValueError: a model whose attention cannot read packed K and V, a head_dim that is not a multiple of 32,
             or a schedule for another shape.
     """
+    check_supported(model.config)
     config = model.config.get_text_config(decoder=True)
-    if config.model_type in UNSUPPORTED_MODELS or getattr(config, "kv_lora_rank", None):
-        raise ValueError(
-            f"{config.model_type}: its attention changes K or V after the cache (latent attention), so they cannot stay packed; "
-            "use a model with ordinary multi-head, grouped-query or multi-query attention"
-        )
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{config.model_type}: expected a decoder-only model, got an encoder-decoder")
     dim, layers = head_dim(config), quantizable_layers(config)
-    if dim % 32:
-        raise ValueError(f"{config.model_type}: expected a head_dim that is a multiple of 32, got {dim}")
-    if not layers:
-        raise ValueError(f"{config.model_type}: no full-attention layers to pack (sliding-window layers keep their own small cache)")
     check_shape(config, quantization)
     if stray := [i for i in quantization.layers if i not in layers]:
         raise ValueError(f"the schedule names layers {stray}, which are not full-attention layers of this model; those are {layers}")

@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Convert a model: choose bits (and maps) for its KV cache, measure them, write a checkpoint that carries them.
+
+    python scripts/convert.py gemma-2b --schedule auto
+    python scripts/convert.py smollm2-135m --schedule uniform --bits 4 --output-dir out
+    python scripts/convert.py --recipe recipes/gemma-2b.yaml --push-to-hub me/gemma-2b-tq3
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from tq_ao import hub, recipe
+from tq_ao.convert import convert
+from tq_ao.errors import HubError, TurboQuantError
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("model", nargs="?", help="alias (gemma-2b, smollm2-135m, ...), local folder or Hub id")
+    p.add_argument("--recipe", type=Path, help="YAML file with these settings; flags override it")
+    p.add_argument("--schedule", help="auto (measured), uniform, or a JSON/YAML file {layer: [k_bits, v_bits]}; default auto")
+    p.add_argument("--bits", type=float, help="average code bits per value; default 3")
+    p.add_argument("--maps", choices=("auto", "plain"), help="calibrated maps, or TurboQuant's random rotations; default auto")
+    p.add_argument("--window", type=int, help="newest tokens kept exact; default 128")
+    p.add_argument("--sinks", type=int, help="first tokens kept exact; default 4")
+    p.add_argument("--calibration", help="calibration and verification text: enwiki or a text file; default enwiki")
+    p.add_argument("--calibration-windows", type=int, help="windows of text to choose on; default 6")
+    p.add_argument("--verification-windows", type=int, help="windows of held-out text to measure on; default 3")
+    p.add_argument("--max-seq-length", type=int, help="tokens per window; default 2048")
+    p.add_argument("--seed", type=int, help="of rotations, text split and sampling; default 0")
+    p.add_argument("--output-dir", type=Path, help="folder to create; default <model>-tq<bits>")
+    p.add_argument("--push-to-hub", nargs="?", const="", metavar="ID", help="publish too; default ID is the output folder's name")
+    p.add_argument("--private", action="store_true", help="make the Hub repository private")
+    p.add_argument("--token", default=os.environ.get("HF_TOKEN"), help="Hub token; default HF_TOKEN or the stored login")
+    p.add_argument("--device", help="device to calibrate on; default cuda if there is one, else cpu")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on cuda, float32 on cpu")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the report there too; - for standard output")
+    return p.parse_args(argv)
+
+
+def settings(args: argparse.Namespace) -> recipe.Recipe:
+    """The recipe file, if any, with the flags over it."""
+    if args.recipe is None and args.model is None:
+        raise ValueError("expected a model or --recipe; for example: python scripts/convert.py smollm2-135m --schedule auto")
+    base = recipe.load(args.recipe) if args.recipe else recipe.Recipe(model=args.model)
+    names = ("model", "bits", "maps", "window", "sinks", "seed")
+    changes = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.schedule is not None:
+        changes["schedule"] = args.schedule if args.schedule in ("auto", "uniform") else schedule_file(args.schedule)
+    for name, count in (("calibration", args.calibration_windows), ("verification", args.verification_windows)):
+        text = {"source": args.calibration, "windows": count, "length": args.max_seq_length}
+        changes[name] = replace(getattr(base, name), **{k: v for k, v in text.items() if v is not None})
+    return replace(base, **changes)
+
+
+def schedule_file(path: str) -> dict[int, tuple[int, int]]:
+    """A schedule from a file: {layer: [k_bits, v_bits]}, also under a key "layers" or "schedule" (a report)."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = data.get("layers", data.get("schedule", data))
+        if isinstance(data, list):
+            data = {row["layer"]: row for row in data}
+        return recipe.read_schedule(data)
+    except OSError as error:
+        raise ValueError(f"expected --schedule auto, uniform or a file, got {path!r} ({error.strerror})") from error
+    except (yaml.YAMLError, AttributeError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: expected {{layer: [k_bits, v_bits]}} ({' '.join(str(error).split())})") from error
+
+
+def show(report: dict) -> None:
+    """The final table."""
+    print(f"\n{'layer':>5}  {'K bits':>6}  {'V bits':>6}  sensitivity (nats)")
+    for row in report["schedule"]:
+        score = "" if row["sensitivity"] is None else f"{row['sensitivity']:.6f}"
+        print(f"{row['layer']:>5}  {row['k_bits']:>6}  {row['v_bits']:>6}  {score}")
+    size = report["bytes_per_token"]
+    print(f"\naverage {report['average_bits']:.3f} code bits, {report['stored_bits']:.3f} stored bits per value; packed tokens take "
+          f"{size['packed']:.0f} bytes against {size['bfloat16']:.0f} in bfloat16 ({size['bfloat16'] / size['packed']:.2f}x smaller)")  # fmt: skip
+    print(f"measured through the packed cache on {report['text']} (window {report['window']}, sinks {report['sinks']}):")
+    change = 100 * (report["ppl_after"] / report["ppl_before"] - 1)
+    print(f"  this schedule: KL {report['kl']:.5f} +- {report['kl_stderr']:.5f}, perplexity {report['ppl_before']:.3f} -> {report['ppl_after']:.3f} ({change:+.2f} %)")
+    if base := report.get("baseline_uniform"):
+        print(f"  uniform {base['bits']:g}, random rotations: KL {base['kl']:.5f} +- {base['kl_stderr']:.5f}, perplexity {base['ppl']:.3f}")
+    print(f"sample: ...{report['sample']['prompt'][-60:]!r} -> {report['sample']['text']!r}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    command = "python scripts/convert.py " + shlex.join(hide_token(list(sys.argv[1:] if argv is None else argv)))
+    try:
+        chosen = settings(args)
+        output = args.output_dir or Path(f"{Path(chosen.model).name}-tq{chosen.bits:g}")
+        report = convert(
+            chosen, output, token=args.token, device=args.device, dtype=getattr(torch, args.dtype) if args.dtype else None,
+            command=command, progress=sys.stderr.isatty(), say=lambda message: print(message, file=sys.stderr),
+        )  # fmt: skip
+        show(report)
+        if args.json is not None:
+            text = json.dumps(report, indent=2) + "\n"
+            if str(args.json) == "-":
+                print(text)
+            else:
+                args.json.write_text(text, encoding="utf-8")
+        if args.push_to_hub is not None:
+            print("published:", hub.push(output, args.push_to_hub or output.name, private=args.private, token=args.token))
+    except HubError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    except (TurboQuantError, ValueError, OSError, RuntimeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def hide_token(argv: list[str]) -> list[str]:
+    """The command line without the secret: it is published with the model."""
+    out = []
+    for word in argv:
+        if word.startswith("--token="):
+            word = "--token=..."
+        elif out and out[-1] == "--token":
+            word = "..."
+        out.append(word)
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

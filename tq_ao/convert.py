@@ -1,0 +1,274 @@
+"""Conversion: load, calibrate, choose, verify, write.  The output is a checkpoint plain transformers can load too."""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tq_ao import __version__, hf
+from tq_ao.cache import TurboQuantCache, head_dim, quantizable_layers
+from tq_ao.calibration import calibrate
+from tq_ao.config import TRANSFORMS_FILE, TurboQuantConfig
+from tq_ao.errors import ModelError, TextError
+from tq_ao.evaluation.decode_kl import evaluate_caches, prove_packed
+from tq_ao.model_card import model_card
+from tq_ao.models import ResolvedModel, resolve
+from tq_ao.quantizer import TurboQuantQuantizationConfig
+from tq_ao.recipe import Recipe
+from tq_ao.rotation import LayerMaps, MapSource
+from tq_ao.text import articles, split_articles, windows
+
+SIDECAR = "tq_ao_config.json"
+SAMPLE_PROMPT, SAMPLE_TOKENS = 256, 48
+
+
+@dataclass
+class Conversion:
+    """A model on its way: what was loaded and what has been decided about it.
+
+    Attributes:
+        recipe: the settings.
+        source: the resolved model.  folder: its files on this machine.
+        model, tokenizer: loaded.
+        schedule: layer -> (k_bits, v_bits).  maps: layer -> calibrated maps, or None.
+        report: everything measured, as written to JSON.
+    """
+
+    recipe: Recipe
+    source: ResolvedModel
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    calibration: torch.Tensor
+    verification: torch.Tensor
+    schedule: dict[int, tuple[int, int]] = field(default_factory=dict)
+    maps: dict[int, LayerMaps] | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def convert(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    token: str | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    command: str = "",
+    progress: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Convert a model and write it to `output`, which appears complete or not at all.
+
+    Args:
+        recipe: what to do.
+        output: folder to create.
+        token: Hub token for gated and private models.
+        device, dtype: to calibrate on; default CUDA and bfloat16 where there is a GPU, else CPU and float32.
+        command: recorded in the model card.
+        progress: tqdm bars.  say: receives one-line messages.
+
+    Returns:
+        The report (also `tq_ao_config.json` in the output).
+
+    Raises:
+        TurboQuantError, ValueError, OSError: one-line messages; nothing is left behind.
+    """
+    output = Path(output)
+    check_output(output)
+    began = time.monotonic()
+    job = load(recipe, token=token, device=device, dtype=dtype, say=say)
+    choose(job, journal=journal_path(output), progress=progress, say=say)
+    verify(job, progress=progress, say=say)
+    job.report.update(command=command, seconds=round(time.monotonic() - began, 1))
+    write(job, output)
+    journal_path(output).unlink(missing_ok=True)
+    say(f"written to {output}")
+    return job.report
+
+
+def journal_path(output: Path) -> Path:
+    """Where a killed calibration left its measurements: beside the output."""
+    return output.with_name(f".{output.name}.calibration")
+
+
+def check_output(output: Path) -> None:
+    """Raise OSError or ValueError unless `output` can be created."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists; give another --output-dir or remove it")
+    parent = output.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"cannot write to {parent}; give another --output-dir")
+    with tempfile.TemporaryFile(dir=parent):
+        pass
+
+
+def load(
+    recipe: Recipe, *, token: str | None, device: str | None, dtype: torch.dtype | None, say: Callable[[str], None]
+) -> Conversion:
+    """Resolve and load everything a conversion reads: cheap checks first, then text, then weights."""
+    source = resolve(recipe.model, token)
+    config = AutoConfig.from_pretrained(source.path_or_id, token=token)
+    hf.check_supported(config)
+    existing = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if existing not in (None, "torchao", "turboquant"):
+        raise ModelError(f"{source.name}: its weights are quantised with {existing}; convert the original model, or one quantised with torchao")
+    layers = quantizable_layers(config)
+    if not isinstance(recipe.schedule, str) and (stray := sorted(set(recipe.schedule) - set(layers))):
+        raise ValueError(f"the schedule names layers {stray}, which are not full-attention layers of {source.name}; those are {layers}")
+    tokenizer = AutoTokenizer.from_pretrained(source.path_or_id, token=token)
+    text = articles(recipe.calibration.source)
+    if recipe.verification.source == recipe.calibration.source:
+        for_calibration, for_verification = split_articles(text, recipe.seed)
+    else:
+        for_calibration, for_verification = text, articles(recipe.verification.source)
+    calibration = windows(tokenizer, for_calibration, recipe.calibration.length, recipe.calibration.windows)
+    verification = windows(tokenizer, for_verification, recipe.verification.length, recipe.verification.windows)
+    if recipe.verification.length <= recipe.window + recipe.sinks + 32:
+        raise TextError(f"verification windows of {recipe.verification.length} tokens never leave the exact window of {recipe.window}; make them longer")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    say(f"loading {source.path_or_id} ({str(dtype).removeprefix('torch.')} on {device})")
+    folder = Path(source.path_or_id)
+    if not source.is_local:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(source.path_or_id, token=token, ignore_patterns=["*.gguf", "*.bin", "*.pth", "original/*"]))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    return Conversion(recipe, source, folder, model, tokenizer, calibration, verification)
+
+
+def choose(job: Conversion, *, journal: Path | None = None, progress: bool = False, say: Callable[[str], None]) -> None:
+    """Fill in the schedule and the maps."""
+    recipe, layers = job.recipe, quantizable_layers(job.model.config)
+    if recipe.schedule == "uniform":
+        scheme = recipe.uniform()
+        job.schedule = dict.fromkeys(layers, (scheme.k_bits, scheme.v_bits))
+    elif recipe.schedule == "auto":
+        config = job.model.config.get_text_config(decoder=True)
+        source, heads = MapSource(recipe.rotation, recipe.seed), config.num_key_value_heads
+        plain = {i: source(i, heads, head_dim(config), torch.device("cpu")) for i in layers}
+        result = calibrate(
+            job.model, job.calibration, plain, bits=recipe.bits, window=recipe.window, sinks=recipe.sinks,
+            maps="auto" if recipe.maps == "auto" else "plain", seed=recipe.seed, journal=journal, progress=progress, report=say,
+        )  # fmt: skip
+        job.schedule, job.maps = dict(result.schedule), result.maps
+        job.report["sensitivity"] = {f"{i}.{side}.{bits}": value for (i, side, bits), value in result.table.items()}
+        job.report["variants"] = {str(i): list(pair) for i, pair in result.variants.items()}
+    else:
+        assert not isinstance(recipe.schedule, str)
+        base = recipe.uniform_below()
+        job.schedule = {i: tuple(recipe.schedule.get(i, (base.k_bits, base.v_bits))) for i in layers}  # type: ignore[misc]
+
+
+def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None]) -> None:
+    """Measure schedule and uniform baseline through the real cache on held-out text; drop a schedule that loses."""
+    recipe, config, layers = job.recipe, job.model.config, quantizable_layers(job.model.config)
+    chosen = recipe.config(job.schedule)
+    base = recipe.uniform_below()
+    uniform = recipe.config(dict.fromkeys(layers, (base.k_bits, base.v_bits)))
+    hf.attach(job.model, chosen, job.maps)
+    plain, maps = MapSource(recipe.rotation, recipe.seed), job.model.turboquant.maps
+    makers = {"chosen": lambda: TurboQuantCache(config, chosen, maps)}
+    if recipe.schedule != "uniform":
+        makers["uniform"] = lambda: TurboQuantCache(config, uniform, plain)
+    measured = evaluate_caches(job.model, job.verification, makers, progress=progress)
+    fell_back = recipe.schedule == "auto" and measured["chosen"].kl >= measured["uniform"].kl
+    if fell_back:
+        say(
+            f"the measured schedule (KL {measured['chosen'].kl:.5f}) does not beat uniform {_name(base)} "
+            f"(KL {measured['uniform'].kl:.5f}) on held-out text: falling back to uniform"
+        )
+        job.schedule, job.maps, chosen = dict.fromkeys(layers, (base.k_bits, base.v_bits)), None, uniform
+        hf.attach(job.model, chosen, None)
+        measured["chosen"] = measured["uniform"]
+    result = measured["chosen"]
+    dim, cache = head_dim(config.get_text_config(decoder=True)), job.model.turboquant.make_cache()
+    sample = _sample(job, cache)
+    table = job.report.get("sensitivity", {})
+    rows = [
+        {"layer": i, "k_bits": k, "v_bits": v, "sensitivity": _sensitivity(table, i, k, v)}
+        for i, (k, v) in sorted(job.schedule.items())
+    ]
+    stored = prove_packed(cache)
+    job.report.update(
+        name=job.source.name, base_model=job.source.base_model, license=job.source.license, schedule=rows,
+        average_bits=chosen.average_bits(layers), stored_bits=stored, head_dim=dim,
+        kl=result.kl, kl_stderr=result.kl_stderr, ppl_before=result.ppl_exact, ppl_after=result.ppl, top1=result.top1,
+        text=f"{recipe.verification.source}, {recipe.verification.windows} x {recipe.verification.length} tokens of articles not used to choose",
+        window=recipe.window, sinks=recipe.sinks, fell_back=fell_back, calibrated_maps=job.maps is not None, sample=sample,
+        versions={"tq_ao": __version__, "torch": torch.__version__},
+        bytes_per_token=_bytes_per_token(job, stored),
+    )  # fmt: skip
+    if "uniform" in measured:
+        job.report["baseline_uniform"] = {
+            "bits": (base.k_bits + base.v_bits) / 2, "kl": measured["uniform"].kl, "kl_stderr": measured["uniform"].kl_stderr,
+            "ppl": measured["uniform"].ppl,
+        }  # fmt: skip
+
+
+def _name(scheme: Any) -> str:
+    return f"K {scheme.k_bits} V {scheme.v_bits}" if scheme.k_bits != scheme.v_bits else f"{scheme.k_bits}"
+
+
+def _sensitivity(table: Mapping[str, float], layer: int, k_bits: int, v_bits: int) -> float | None:
+    parts = [table.get(f"{layer}.key.{k_bits}"), table.get(f"{layer}.value.{v_bits}")]
+    return None if None in parts else sum(p for p in parts if p is not None)
+
+
+def _bytes_per_token(job: Conversion, stored_bits: float) -> dict[str, float]:
+    config = job.model.config.get_text_config(decoder=True)
+    values = 2 * config.num_key_value_heads * head_dim(config) * len(job.schedule)
+    return {"bfloat16": 2.0 * values, "packed": stored_bits * values / 8}
+
+
+@torch.no_grad()
+def _sample(job: Conversion, cache: TurboQuantCache) -> dict[str, str]:
+    """Greedy text after a prompt long enough that most of it is read from packed tiles."""
+    ids = job.verification[:1, :SAMPLE_PROMPT].to(job.model.device)
+    out = job.model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=SAMPLE_TOKENS, do_sample=False
+    )
+    tail = job.tokenizer.decode(ids[0, -32:], skip_special_tokens=True)
+    return {"prompt": tail, "text": job.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)}
+
+
+def write(job: Conversion, output: Path) -> None:
+    """Write the checkpoint beside `output`, then rename it into place."""
+    part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
+    try:
+        for file in sorted(job.folder.iterdir()):
+            if file.is_file() and file.name not in ("README.md", "config.json", SIDECAR, TRANSFORMS_FILE) and not file.name.startswith("."):
+                shutil.copyfile(file, part / file.name)
+        quantization: TurboQuantConfig = job.model.turboquant.quantization
+        if job.maps is not None:
+            quantization = replace(quantization, transforms=TRANSFORMS_FILE)
+            hf.save_transforms(part / TRANSFORMS_FILE, job.maps)
+        config = json.loads((job.folder / "config.json").read_text(encoding="utf-8"))
+        ours = TurboQuantQuantizationConfig(quantization.to_scheme()).to_dict()
+        existing = config.get("quantization_config") or {}
+        if existing.get("quant_method") == "torchao":
+            ours = {**existing, "kv_cache_scheme": ours["kv_cache_scheme"]}
+        config["quantization_config"] = ours
+        _dump(part / "config.json", config)
+        _dump(part / SIDECAR, job.report)
+        (part / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
+        (part / "README.md").write_text(model_card(job.report), encoding="utf-8")
+        part.chmod(0o755)
+        if output.exists():
+            output.rmdir()
+        os.replace(part, output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _dump(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,141 @@
+"""Recipes: the settings of a conversion as a YAML file, the same names as convert.py's flags."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tq_ao.codebook import BITS
+from tq_ao.config import LayerScheme, TurboQuantConfig
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows of text: `source` is "enwiki" or a file, `windows` of them, `length` tokens each."""
+
+    source: str = "enwiki"
+    windows: int = 6
+    length: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.windows < 1 or self.length < 256:
+            raise ValueError(f"expected windows >= 1 and length >= 256, got {self.windows} and {self.length}; shorter text never leaves the window")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One conversion.
+
+    Attributes:
+        model: alias, local folder or Hub id.
+        schedule: "auto" (measured), "uniform", or layer index -> [k_bits, v_bits].
+        bits: average code bits per value; for "uniform" a multiple of 0.5 (K gets the odd half: 2.5 is K 3, V 2).
+        maps: "auto" calibrates maps and picks a variant per layer, "plain" keeps random rotations; with "auto" schedules only.
+        window, sinks, rotation, seed: see TurboQuantConfig.
+        calibration: text the schedule is chosen on.  verification: text it is measured on, other articles.
+
+    Raises:
+        ValueError: a field out of range.
+    """
+
+    model: str
+    schedule: str | Mapping[int, tuple[int, int]] = "auto"
+    bits: float = 3.0
+    maps: str = "auto"
+    window: int = 128
+    sinks: int = 4
+    rotation: str = "hadamard"
+    seed: int = 0
+    calibration: Text = field(default_factory=Text)
+    verification: Text = field(default_factory=lambda: Text(windows=3))
+
+    def __post_init__(self) -> None:
+        if isinstance(self.schedule, str) and self.schedule not in ("auto", "uniform"):
+            raise ValueError(f"expected schedule auto, uniform, a file or a mapping of layers, got {self.schedule!r}")
+        if self.maps not in ("auto", "plain"):
+            raise ValueError(f"expected maps auto or plain, got {self.maps!r}")
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"expected bits between 1 and 8, got {self.bits}; widths are {BITS} and a schedule averages them")
+        if self.schedule == "uniform":
+            self.uniform()
+        self.config({})
+
+    def uniform(self) -> LayerScheme:
+        """The uniform widths of `bits`: K takes the larger half.
+
+        Raises:
+            ValueError: no pair of widths averages to `bits`.
+        """
+        for k in BITS:
+            for v in BITS:
+                if k + v == 2 * self.bits and 0 <= k - v <= 1:
+                    return LayerScheme(k, v)
+        raise ValueError(f"expected uniform bits 1, 1.5, 2, 2.5, 3, 3.5, 4 or 8, got {self.bits}; use schedule auto for other averages")
+
+    def uniform_below(self) -> LayerScheme:
+        """The widest uniform schedule that costs no more than `bits`: what a schedule has to beat."""
+        half = int(self.bits * 2) / 2
+        while True:
+            try:
+                return replace(self, schedule="auto", bits=half).uniform()
+            except ValueError:
+                half -= 0.5
+
+    def config(self, schedule: Mapping[int, tuple[int, int]]) -> TurboQuantConfig:
+        """The TurboQuantConfig of a schedule under this recipe's window, sinks and rotations."""
+        return TurboQuantConfig.from_schedule(
+            schedule, window=self.window, sinks=self.sinks, rotation=self.rotation, seed=self.seed
+        )
+
+    def to_yaml(self) -> str:
+        """YAML that `load` reads back to an equal recipe."""
+        data = asdict(self)
+        if not isinstance(self.schedule, str):
+            data["schedule"] = {int(i): list(pair) for i, pair in self.schedule.items()}
+        return yaml.safe_dump(data, sort_keys=False)
+
+
+def load(path: str | Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        ValueError: not YAML, an unknown or missing key, or a field out of range; the message names the file.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError(f"expected a mapping, got {type(data).__name__}")
+        if "model" not in data:
+            raise ValueError("expected a key 'model'")
+        return from_mapping(data)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the recipe ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def from_mapping(data: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain data; unknown keys are errors."""
+    known = {f.name for f in fields(Recipe)}
+    if unknown := set(data) - known:
+        raise ValueError(f"unknown keys {sorted(unknown)}; expected some of {sorted(known)}")
+    values = dict(data)
+    for name in ("calibration", "verification"):
+        if name in values:
+            default = Recipe.__dataclass_fields__[name].default_factory()  # type: ignore[misc]
+            values[name] = replace(default, **values[name])
+    if isinstance(values.get("schedule"), Mapping):
+        values["schedule"] = read_schedule(values["schedule"])
+    return Recipe(**values)
+
+
+def read_schedule(data: Mapping[Any, Any]) -> dict[int, tuple[int, int]]:
+    """Layer index -> (k_bits, v_bits) from {"0": [4, 3], ...} or {"0": {"k_bits": 4, "v_bits": 3}, ...}."""
+    schedule = {}
+    for layer, pair in data.items():
+        k, v = (pair["k_bits"], pair["v_bits"]) if isinstance(pair, Mapping) else pair
+        schedule[int(layer)] = (k, v)
+        LayerScheme(k, v)
+    return schedule

@@ -263,6 +263,11 @@ def _check_layout(version: int | None) -> None:
         )
 
 
+def _geometry(x: TurboQuantTensor) -> tuple[Any, ...]:
+    """What the keys and the values of one layer have in common."""
+    return x.codes.shape[:2], x.shift.shape, x.seq_len, x.window, x.new is None, x.length is None
+
+
 def packed_attention(
     q: torch.Tensor,
     k: TurboQuantTensor,
@@ -286,22 +291,15 @@ def packed_attention(
     Raises:
         ValueError: roles, shapes or state of k and v do not fit together or do not fit q.
     """
+    # Reading .shape or .dtype of the wrappers costs microseconds in every layer and step: ask their parts.
+    batch, heads, dim = k.codes.shape[0], k.codes.shape[1], k.shift.shape[1]
     for name, tensor, role in (("key", k, "key"), ("value", v, "value")):
         if tensor.role != role:
-            raise ValueError(
-                f"expected the {name} argument to have role {role!r}, got {tensor.role!r}; swap or re-encode it"
-            )
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"expected the {name} argument to be [B, H, S, D], got {tuple(tensor.shape)}; use unsqueeze(0)"
-            )
-    if (
-        k.shape != v.shape
-        or k.window != v.window
-        or (k.new is None, k.length is None) != (v.new is None, v.length is None)
-    ):
+            raise ValueError(f"expected the {name} argument to have role {role!r}, got {tensor.role!r}; swap them")
+        if tensor.codes.dim() != 4:
+            raise ValueError(f"expected the {name} argument 4-d, got {tuple(tensor.shape)}; use unsqueeze(0)")
+    if _geometry(k) != _geometry(v):
         raise ValueError(f"expected key and value of one layer, got {k!r} and {v!r}; build both from the same cache")
-    batch, heads, _, dim = k.shape
     if q.dim() != 4 or q.shape[0] != batch or q.shape[3] != dim or q.shape[1] % heads:
         raise ValueError(
             f"expected queries [{batch}, a multiple of {heads}, q_len, {dim}], got {tuple(q.shape)}; "
@@ -313,14 +311,16 @@ def packed_attention(
             f"expected {fresh} queries, got {q.shape[2]}; several queries need as many exact tokens in `new` "
             "(one query otherwise): append fewer tokens, or put the chunk in `new`"
         )
-    none = k.codes.new_empty(batch, heads, 0, dim, dtype=k.dtype)
-    length = torch.full((), k.seq_len, dtype=torch.int64, device=k.device) if k.length is None else k.length
-    start = torch.zeros(batch, dtype=torch.int64, device=k.device) if k.start is None else k.start
-    cache = [
-        *(k.codes, k.scales, v.codes, v.scales),
-        *(none if t is None else t for t in (k.sinks, v.sinks, k.recent, v.recent)),
-        *(length, start, k.decode_map, k.shift, v.decode_map, v.shift, k.window, scale),
-    ]
+    exact: tuple[torch.Tensor | None, ...] = (k.sinks, v.sinks, k.recent, v.recent)
+    length, start = k.length, k.start
+    if length is None or start is None:
+        exact = (k.codes.new_empty(batch, heads, 0, dim, dtype=k.dtype),) * 4
+        length = torch.full((), k.seq_len, dtype=torch.int64, device=k.device)
+        start = torch.zeros(batch, dtype=torch.int64, device=k.device)
+    cache = (
+        *(k.codes, k.scales, v.codes, v.scales, *exact, length, start),
+        *(k.decode_map, k.shift, v.decode_map, v.shift, k.window, scale),
+    )
     if k.new is None or v.new is None:
         return ops.decode_attention(q, *cache, softcap=softcap, sink_logits=sink_logits, impl=impl)
     return ops.extend_attention(q, k.new, v.new, *cache, softcap=softcap, sink_logits=sink_logits, impl=impl)

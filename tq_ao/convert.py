@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +250,6 @@ def write(job: Conversion, output: Path) -> None:
                 shutil.copyfile(file, part / file.name)
         quantization: TurboQuantConfig = job.model.turboquant.quantization
         if job.maps is not None:
-            quantization = replace(quantization, transforms=TRANSFORMS_FILE)
             hf.save_transforms(part / TRANSFORMS_FILE, job.maps)
         config = json.loads((job.folder / "config.json").read_text(encoding="utf-8"))
         ours = TurboQuantQuantizationConfig(quantization.to_scheme()).to_dict()

@@ -3,6 +3,7 @@
 import sys
 import types
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ def attach(
     if stray := [i for i in quantization.layers if i not in layers]:
         raise ValueError(f"the schedule names layers {stray}, which are not full-attention layers of this model; those are {layers}")
     resolved = quantization.resolve(layers, config.num_hidden_layers, dim)
+    if calibrated:
+        resolved = replace(resolved, transforms=resolved.transforms or TRANSFORMS_FILE)
     attached = hasattr(model, "turboquant")
     model.turboquant = Attachment(model.config, resolved, MapSource(resolved.rotation, resolved.seed, calibrated))
     attention.register()
@@ -140,7 +143,7 @@ def attach_checkpoint(model: PreTrainedModel, scheme: Mapping[str, Any]) -> PreT
 def save_transforms(path: str | Path, calibrated: Mapping[int, LayerMaps]) -> None:
     """Write calibrated maps: one float32 tensor `layers.<i>.<name>` per map or shift (names of LayerMaps)."""
     tensors = {f"layers.{i}.{name}": t.cpu().contiguous() for i, maps in calibrated.items() for name, t in maps.tensors().items()}
-    save_file(tensors, str(path), metadata={"format": "pt", "tq_ao": "layer maps v1"})
+    save_file(tensors, str(path), metadata={"format": "pt"})
 
 
 def load_transforms(path: str | Path) -> dict[int, LayerMaps]:
@@ -163,7 +166,7 @@ def _save_pretrained(self: PreTrainedModel, save_directory: str | Path, *args: A
     attached = self.turboquant
     if attached.maps.calibrated:
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        save_transforms(Path(save_directory) / (attached.quantization.transforms or TRANSFORMS_FILE), attached.maps.calibrated)
+        save_transforms(Path(save_directory) / attached.quantization.transforms, attached.maps.calibrated)
     return type(self).save_pretrained(self, save_directory, *args, **kwargs)
 
 

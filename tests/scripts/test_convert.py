@@ -1,0 +1,162 @@
+"""scripts/convert.py on a small random model: what it writes, what it says, and how it fails."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config
+
+import tq_ao.convert
+from tq_ao.calibration import CalibrationResult
+from tq_ao.config import TRANSFORMS_FILE
+from tq_ao.recipe import load
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("convert_script", ROOT / "scripts" / "convert.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+FAST = ["--max-seq-length", "256", "--calibration-windows", "3", "--verification-windows", "2", "--window", "32", "--bits", "3"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, smollm2):
+    """A folder with a random 3-layer Llama and a real tokenizer."""
+    folder = tmp_path_factory.mktemp("base") / "small"
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tiny.model(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file of five articles of random words."""
+    generator = torch.Generator().manual_seed(1)
+    words = "sea land river stone house tree light wind rain road bread salt king queen ship star".split()
+    pick = torch.randint(len(words), (5, 900), generator=generator).tolist()
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n\n".join(f"= Part {i} =\n\n" + " ".join(words[j] for j in row) + "." for i, row in enumerate(pick)))
+    return path
+
+
+def run(base, text, tmp_path, *flags):
+    out = tmp_path / "out"
+    code = script.main([str(base), "--calibration", str(text), "--output-dir", str(out), "--json", str(tmp_path / "r.json"), *FAST, *flags])
+    return code, out
+
+
+@pytest.mark.parametrize("schedule", ["auto", "uniform", "file"])
+def test_converted_folder_is_a_checkpoint_that_packs_its_cache(schedule, base, text, tmp_path, capsys):
+    name = schedule
+    if schedule == "file":
+        name = str(tmp_path / "schedule.yaml")
+        Path(name).write_text(yaml.safe_dump({"layers": {0: [4, 2], 2: {"k_bits": 2, "v_bits": 1}}}))
+    code, out = run(base, text, tmp_path, "--schedule", name)
+    assert code == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert json.loads((out / "tq_ao_config.json").read_text()) == report
+    printed = capsys.readouterr().out
+    assert "K bits" in printed and "smaller" in printed and "sample" in printed
+    model = AutoModelForCausalLM.from_pretrained(out)
+    pairs = {row["layer"]: (row["k_bits"], row["v_bits"]) for row in report["schedule"]}
+    assert pairs == {i: (s.k_bits, s.v_bits) for i, s in model.turboquant.quantization.layers.items()}
+    if schedule == "file":
+        assert pairs == {0: (4, 2), 1: (3, 3), 2: (2, 1)}
+    assert report["average_bits"] <= 3.0 and report["stored_bits"] == pytest.approx(report["average_bits"] + 16 / 32)
+    assert load(out / "recipe.yaml").bits == 3.0
+    assert "base_model_relation: quantized" in (out / "README.md").read_text() or report["base_model"] is None
+    ours, theirs = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    cache = model.generate(torch.arange(200)[None], attention_mask=torch.ones(1, 200), max_new_tokens=4, return_dict_in_generate=True).past_key_values
+    assert isinstance(cache, tq_ao.TurboQuantCache) and cache.packed_layers()[0].k_codes.any()
+    assert (out / TRANSFORMS_FILE).exists() == report["calibrated_maps"]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_recipe_gives_the_same_checkpoint_as_the_flags(base, text, tmp_path):
+    code, out = run(base, text, tmp_path, "--schedule", "uniform")
+    assert code == 0
+    assert script.main(["--recipe", str(out / "recipe.yaml"), "--output-dir", str(tmp_path / "again")]) == 0
+    a, b = (json.loads((p / "config.json").read_text()) for p in (out, tmp_path / "again"))
+    assert a == b
+
+
+def test_a_losing_schedule_falls_back_to_uniform_and_says_so(base, text, tmp_path, capsys, monkeypatch):
+    def worst(model, windows, layers, **kwargs):
+        return CalibrationResult({i: (1, 1) for i in layers}, None, {}, {}, 1.0)
+
+    monkeypatch.setattr(tq_ao.convert, "calibrate", worst)
+    code, out = run(base, text, tmp_path, "--schedule", "auto")
+    assert code == 0 and "falling back to uniform" in capsys.readouterr().err
+    report = json.loads((out / "tq_ao_config.json").read_text())
+    assert report["fell_back"] and report["average_bits"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--bits", "0.5"], "between 1 and 8"),
+        (["--schedule", "uniform", "--bits", "2.3"], "use schedule auto"),
+        (["--schedule", "nowhere.yaml"], "nowhere.yaml"),
+        (["--output-dir", "/proc/nope/out"], "/proc"),
+        (["--calibration", "EMPTY"], "empty"),
+        (["--calibration", "missing.txt"], "missing.txt"),
+        (["--window", "300"], "never leave the exact window"),
+    ],
+)
+def test_mistakes_get_one_line_and_leave_nothing(flags, message, base, text, tmp_path, capsys):
+    (tmp_path / "empty.txt").touch()
+    flags = [str(tmp_path / "empty.txt") if flag == "EMPTY" else flag for flag in flags]
+    before = sorted(tmp_path.iterdir())
+    code, _ = run(base, text, tmp_path, *flags)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert code != 0 and len(errors) == 1 and message in errors[0]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_bad_models_get_one_line(tmp_path, capsys):
+    DeepseekV3Config(num_hidden_layers=2, hidden_size=64).save_pretrained(tmp_path / "latent")
+    before = sorted(tmp_path.iterdir())
+    for name, message in (("smollm2-134m", "smollm2-135m"), (str(tmp_path / "latent"), "latent attention"), ("gemma-2b", "HF_HUB_OFFLINE")):
+        assert script.main([name, "--output-dir", str(tmp_path / "out")]) == 1
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and message in errors[0], errors
+    assert sorted(tmp_path.iterdir()) == before
+    assert script.main([]) == 1 and "--recipe" in capsys.readouterr().err
+
+
+def test_an_existing_output_is_not_overwritten(base, text, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    code, out = run(base, text, tmp_path, "--schedule", "uniform")
+    assert code == 1 and "exists" in capsys.readouterr().err and (out / "precious").read_text() == "x"
+
+
+def test_an_interrupted_run_leaves_nothing_that_loads(base, text, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "scripts" / "convert.py"), str(base), "--calibration", str(text), "--output-dir", str(out), *FAST]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    for line in process.stderr:
+        if line.startswith("loading"):
+            break
+    time.sleep(1.0)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    assert not list(tmp_path.glob("**/config.json"))
+
+
+def test_the_token_is_not_published():
+    assert script.hide_token(["m", "--token", "hf_secret", "--private"]) == ["m", "--token", "...", "--private"]
+    assert script.hide_token(["--token=hf_secret"]) == ["--token=..."]

@@ -1,0 +1,81 @@
+"""TurboQuantConfig and recipes: validation, and round trips through JSON and YAML."""
+
+import json
+
+import pytest
+
+from tq_ao.config import LayerScheme, TurboQuantConfig
+from tq_ao.recipe import Recipe, Text, from_mapping, load
+
+
+def test_scheme_round_trip_through_json():
+    config = TurboQuantConfig(
+        bits=2, layers={0: LayerScheme(4, 3), 7: LayerScheme(16, 16)}, window=64, sinks=2, rotation="dense", seed=5,
+        transforms="maps.safetensors", num_layers=9, head_dim=96,
+    )  # fmt: skip
+    again = TurboQuantConfig.from_scheme(json.loads(json.dumps(config.to_scheme())))
+    assert again == config and again.to_scheme() == config.to_scheme()
+
+
+def test_resolve_spells_every_layer_out():
+    config = TurboQuantConfig(k_bits=4, v_bits=2, layers={1: LayerScheme(3, 3)}).resolve([0, 1, 5], 6, 64)
+    assert config.layers == {0: LayerScheme(4, 2), 1: LayerScheme(3, 3), 5: LayerScheme(4, 2)}
+    assert TurboQuantConfig.from_scheme(config.to_scheme()) == config
+    assert config.average_bits([0, 1, 5]) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "format 'turboquant'"),
+        ({"version": 2}, "version 1..1, got 2; upgrade"),
+        ({"layout_version": 9}, "layout_version 1..1, got 9; upgrade"),
+        ({"codec": "qjl"}, "codec 'mse', got 'qjl'"),
+        ({"extra": 1}, r"unknown keys \['extra'\]"),
+        ({"layers": {"0": {"k_bits": 5, "v_bits": 3}}}, "k_bits in"),
+    ],
+)
+def test_schemes_that_cannot_be_read_say_why(change, message):
+    with pytest.raises(ValueError, match=message):
+        TurboQuantConfig.from_scheme({**TurboQuantConfig().to_scheme(), **change})
+
+
+def test_a_missing_key_is_named():
+    scheme = TurboQuantConfig().to_scheme()
+    del scheme["window"]
+    with pytest.raises(ValueError, match=r"lacks \['window'\]"):
+        TurboQuantConfig.from_scheme(scheme)
+
+
+@pytest.mark.parametrize("fields", [{"bits": 5}, {"k_bits": 16, "v_bits": 3}, {"window": -1}, {"sinks": 1.5}, {"rotation": "none"}])
+def test_bad_fields(fields):
+    with pytest.raises(ValueError, match="expected"):
+        TurboQuantConfig(**fields)
+
+
+def test_recipe_round_trip(tmp_path):
+    recipe = Recipe("gemma-2b", schedule={3: (4, 2)}, bits=2.5, window=64, calibration=Text("a.txt", 4, 512))
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    assert load(tmp_path / "r.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("model: x\nbitz: 3", "unknown keys"), ("bits: 3", "key 'model'"), ("[1]", "a mapping"), ("model: x\nbits: 0.5", "between 1 and 8"),
+     ("model: x\ncalibration: {length: 10}", "length >= 256"), ("model: x\nschedule: {0: [5, 3]}", "k_bits in"), ("a: [", "r.yaml")],
+)  # fmt: skip
+def test_bad_recipes_name_the_file(text, message, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path / "r.yaml")
+    assert "r.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_uniform_widths():
+    assert Recipe("x", bits=2.5).uniform() == LayerScheme(3, 2)
+    assert Recipe("x", bits=4).uniform() == LayerScheme(4, 4)
+    assert Recipe("x", bits=2.25).uniform_below() == LayerScheme(2, 2)
+    assert Recipe("x", bits=6.0).uniform_below() == LayerScheme(4, 4)
+    with pytest.raises(ValueError, match="use schedule auto"):
+        Recipe("x", schedule="uniform", bits=2.25)
+    assert from_mapping({"model": "x", "verification": {"windows": 1}}).verification == Text("enwiki", 1, 2048)

@@ -1,0 +1,197 @@
+"""Attaching to transformers models, and checkpoints: what loads, with and without tq_ao, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, T5Config, pipeline
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+from tq_ao import LayerMaps, TurboQuantCache, TurboQuantConfig, hf, quantize_kv_
+from tq_ao.config import TRANSFORMS_FILE, LayerScheme
+from tq_ao.rotation import rotations
+
+SMALL = {"window": 32, "sinks": 3}
+
+
+def ids_for(rng: torch.Generator, length: int = 120) -> torch.Tensor:
+    return torch.randint(2, 97, (1, length), generator=rng)
+
+
+def tokens(model, ids):
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
+
+
+def random_maps(rng: torch.Generator, heads: int = 2, dim: int = 32) -> LayerMaps:
+    """Well-conditioned maps that are no rotations, with shifts."""
+    r = rotations("dense", heads, dim, 7)
+    stretch = torch.rand(heads, dim, generator=rng) + 0.5
+    key, value = r * stretch[:, None], r / stretch[:, None]
+    shift = torch.randn(2, heads, dim, generator=rng)
+    return LayerMaps(key, torch.linalg.inv(key).mT.contiguous(), value, torch.linalg.inv(value), shift[0], shift[1])
+
+
+def test_save_load_save_is_stable_and_generates_the_same(tmp_path, rng):
+    model, ids = tiny.model(), ids_for(rng)
+    quantize_kv_(model, TurboQuantConfig(layers={0: LayerScheme(4, 2)}, **SMALL))
+    want = tokens(model, ids)
+    model.save_pretrained(tmp_path / "a")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert again.turboquant.quantization == model.turboquant.quantization
+    assert torch.equal(tokens(again, ids), want)
+    again.save_pretrained(tmp_path / "b")
+    a, b = (json.loads((tmp_path / x / "config.json").read_text()) for x in "ab")
+    assert a == b and a["quantization_config"]["quant_method"] == "turboquant"
+    assert "attn_implementation" not in json.dumps(a) and "cache_implementation" not in json.dumps(a)
+
+
+def test_calibrated_maps_travel_with_the_checkpoint(tmp_path, rng):
+    model, ids = tiny.model(), ids_for(rng)
+    maps = {i: random_maps(rng) for i in range(3)}
+    hf.attach(model, TurboQuantConfig(bits=2, **SMALL), maps)
+    want = tokens(model, ids)
+    model.save_pretrained(tmp_path / "a")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    for i, layer in again.turboquant.maps.calibrated.items():
+        assert all(torch.equal(t, maps[i].tensors()[name]) for name, t in layer.tensors().items())
+    assert torch.equal(tokens(again, ids), want)
+    again.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "a" / TRANSFORMS_FILE).read_bytes() == (tmp_path / "b" / TRANSFORMS_FILE).read_bytes()
+
+
+def test_calibrated_maps_are_applied_at_both_ends(rng):
+    """With a query map that is not the key map's inverse transpose, even 8 bits breaks."""
+    model, ids = tiny.model(), ids_for(rng)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache)
+        exact = model(ids[:, -1:], past_key_values=cache).logits
+        error = {}
+        for name in ("right", "wrong"):
+            maps = {i: random_maps(rng) for i in range(3)}
+            if name == "wrong":
+                maps = {i: LayerMaps(**{**m.tensors(), "query": m.key}) for i, m in maps.items()}
+            hf.attach(model, TurboQuantConfig(bits=8, **SMALL), maps)
+            packed = model.turboquant.make_cache()
+            model(ids[:, :-1], past_key_values=packed)
+            logits = model(ids[:, -1:], past_key_values=packed).logits
+            error[name] = ((logits - exact).norm() / exact.norm()).item()
+    assert error["right"] < 0.1 < error["wrong"], error
+
+
+def test_without_tq_ao_the_checkpoint_is_the_original_model_with_one_warning(tmp_path, rng):
+    model, ids = tiny.model(), ids_for(rng)
+    want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+    quantize_kv_(model, TurboQuantConfig(bits=1, window=0, sinks=0))
+    model.save_pretrained(tmp_path)
+    program = f"""
+import logging, sys
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as hf_logging
+lines = []
+handler = logging.Handler(); handler.emit = lambda record: lines.append(record.getMessage())
+hf_logging.get_logger("transformers").addHandler(handler)
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+assert "tq_ao" not in sys.modules
+ids = torch.tensor({ids.tolist()})
+out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+print(out.tolist() == {want.tolist()}, sum("turboquant" in line for line in lines))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "1"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.update(version=2), "version 1, got 2"),
+        (lambda q: q["kv_cache_scheme"].update(version=7), "version 1..1, got 7"),
+        (lambda q: q["kv_cache_scheme"].update(codec="polar"), "codec 'mse', got 'polar'"),
+        (lambda q: q["kv_cache_scheme"].update(num_layers=4), "3 layers, got one for 4"),
+        (lambda q: q["kv_cache_scheme"].update(head_dim=64), "head_dim 32, got one for 64"),
+        (lambda q: q.pop("kv_cache_scheme"), "lacks kv_cache_scheme"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_are_refused(change, message, tmp_path):
+    model = tiny.model()
+    quantize_kv_(model)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    change(config["quantization_config"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_maps_of_another_shape_are_refused(rng):
+    model, ids = tiny.model(), ids_for(rng)
+    hf.attach(model, TurboQuantConfig(**SMALL), {0: random_maps(rng, heads=4)})
+    with torch.no_grad(), pytest.raises(ValueError, match="2 KV heads of dim 32"):
+        model(ids)
+
+
+def test_models_that_cannot_be_packed_say_why():
+    latent = DeepseekV3Config(num_hidden_layers=2, hidden_size=64)
+    for config, message in (
+        (latent, "latent attention"),
+        (T5Config(), "encoder-decoder"),
+        (tiny.config("llama", head_dim=40), "multiple of 32, got 40"),
+        (tiny.config("gemma3", num_hidden_layers=2), "sliding"),
+    ):
+        if "sliding" in message:
+            config.layer_types = ["sliding_attention"] * 4
+        with pytest.raises(ValueError, match=message):
+            hf.check_supported(config)
+    with pytest.raises(ValueError, match=r"names layers \[0\].*those are \[1, 3\]"):
+        quantize_kv_(tiny.model("gemma3"), TurboQuantConfig(layers={0: LayerScheme(3, 3)}))
+
+
+def test_attaching_again_changes_the_schedule_only(rng):
+    model, ids = tiny.model(), ids_for(rng)
+    quantize_kv_(model, TurboQuantConfig(bits=2, **SMALL))
+    quantize_kv_(model, TurboQuantConfig(bits=4, **SMALL))
+    assert len(model.model._forward_pre_hooks) == 1
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+    assert cache.packed_layers()[0].scheme == LayerScheme(4, 4)
+
+
+def test_plain_call_and_training(rng):
+    model, ids = tiny.model(), ids_for(rng)
+    quantize_kv_(model, TurboQuantConfig(**SMALL))
+    with torch.no_grad():
+        assert isinstance(model(ids).past_key_values, TurboQuantCache)
+        assert model(ids, use_cache=False).past_key_values is None
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+def test_text_generation_pipeline(smollm2):
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
+    quantize_kv_(model, TurboQuantConfig(bits=4, window=16, sinks=4))
+    run = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(smollm2))
+    prompt = "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is Madrid. " * 4 + "The capital of Italy is"
+    assert "Rome" in run(prompt, max_new_tokens=4, do_sample=False, return_full_text=False)[0]["generated_text"]
+
+
+def test_torchao_weights_and_a_packed_cache_in_one_checkpoint(tmp_path, rng):
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    tiny.model(hidden_size=128).save_pretrained(tmp_path / "base")
+    weights = TorchAoConfig(quant_type=Int8WeightOnlyConfig(version=2))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=weights, dtype=torch.float32)
+    quantize_kv_(model, TurboQuantConfig(bits=4, **SMALL))
+    ids = ids_for(rng)
+    want = tokens(model, ids)
+    model.save_pretrained(tmp_path / "both")
+    stored = json.loads((tmp_path / "both" / "config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == "torchao" and stored["kv_cache_scheme"]["num_bits"] == 4
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "both", dtype=torch.float32)
+    assert again.turboquant.quantization == model.turboquant.quantization
+    assert torch.equal(tokens(again, ids), want)

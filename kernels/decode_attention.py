@@ -9,7 +9,7 @@ captured CUDA graph replays correctly while the cache grows.
 """
 
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import triton
@@ -68,6 +68,20 @@ def _tiled(name: str, x: torch.Tensor, inner: tuple[int, ...]) -> tuple[int, int
     return x.stride(0), x.stride(1)
 
 
+class Config(NamedTuple):
+    """How the Gluon kernel is launched: tiles per softmax step, ring slots, register cap, programs per multiprocessor."""
+
+    tiles: int
+    stages: int
+    registers: int
+    resident: int
+
+
+def configure(head_dim: int, head_tiles: int, k_bits: int, v_bits: int) -> Config:
+    """The launch of the Gluon kernel for a shape; head_tiles: tiles of 8 query heads per program."""
+    return Config(tiles=2, stages=2, registers=128, resident=16)
+
+
 def split_count(programs: int, tiles: int, resident: int, tiles_per_step: int) -> int:
     """How many splits fill `resident` slots with `programs` programs each, at least four steps to a split."""
     most = max(1, triton.cdiv(tiles, 4 * tiles_per_step))
@@ -124,11 +138,10 @@ def decode_attention(
     if softcap:
         factor *= 2.0 / softcap
     sinks, capacity = k_sinks.shape[2], k_recent.shape[2]
-    resident = _multiprocessors(device) * 16
-    tiles_per_step = 2
     tiles_per_program = min(head_tiles, 2)
+    config = configure(dim, tiles_per_program, key_book.bits, value_book.bits)
     programs = batch * heads * triton.cdiv(head_tiles, tiles_per_program)
-    splits = split_count(programs, tiles, resident, tiles_per_step)
+    splits = split_count(programs, tiles, _multiprocessors(device) * config.resident, config.tiles)
 
     f32 = torch.float32
     rows = batch * q_heads
@@ -157,9 +170,10 @@ def decode_attention(
             rotated, meta, k_codes.view(torch.int8), k_scales, v_codes.view(torch.int8), v_scales, length, start,
             split_o, split_ml, *key_strides, *value_strides, heads, sinks, window, capacity, splits, cap,
             1.0 / value_book.unit, G=group, D=dim, K_BITS=key_book.bits, V_BITS=value_book.bits, HT=tiles_per_program,
-            TILES=tiles_per_step, STAGES=2, SOFTCAP=softcap > 0,
+            TILES=config.tiles, STAGES=config.stages, SOFTCAP=softcap > 0,
             K_ASM=unpack_asm(key_book.bits, False), K_CONSTRAINTS=unpack_constraints(key_book.bits),
             V_ASM=unpack_asm(value_book.bits, True), V_CONSTRAINTS=unpack_constraints(value_book.bits), num_warps=1,
+            maxnreg=config.registers,
         )  # fmt: skip
     else:
         k_strides = (key_strides[0] // 4, key_strides[1] // 4, *key_strides[2:])

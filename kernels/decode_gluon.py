@@ -66,10 +66,25 @@ def _unpack_value(planes, low, high, ASM: gl.constexpr, CONSTRAINTS: gl.constexp
 
 
 @gluon.jit
-def _load_planes(ring, at, BITS: gl.constexpr, CHUNKS: gl.constexpr, RAW: gl.constexpr):
+def _table_word(p, LANE_BYTES: gl.constexpr, RAW: gl.constexpr):
+    """A table word for every byte of a plane, in one register of each lane.
+
+    Odd lanes read a copy four words on: a value that looks uniform would be kept in a uniform register and moved to a
+    vector register again at every use.
+    """
+    LANES: gl.constexpr = gl.BlockedLayout([1, LANE_BYTES], [32, 1], [1, 1], [1, 0])
+    lane = gl.arange(0, 32, gl.SliceLayout(1, LANES))
+    word = gl.load(p + lane % 2 * 4).to(gl.int32, bitcast=True)
+    every = gl.reshape(gl.expand_dims(word, 1).broadcast_to([32, LANE_BYTES]), [32 * LANE_BYTES])
+    return gl.convert_layout(every, RAW, assert_trivial=True)
+
+
+@gluon.jit
+def _load_planes(ring, slot, at: gl.constexpr, BITS: gl.constexpr, CHUNKS: gl.constexpr, RAW: gl.constexpr):
+    """Planes at, at + CHUNKS, ... of a ring slot."""
     planes = ()
     for w in gl.static_range(BITS):
-        planes = planes + (ring.index(at + w * CHUNKS).load(RAW),)
+        planes = planes + (ring[at + w * CHUNKS].index(slot).load(RAW),)
     return planes
 
 
@@ -124,17 +139,15 @@ def _fetch(
     PLANES: gl.constexpr = (K_BITS + V_BITS) * CHUNKS
     for j in gl.static_range(TILES):
         t = gl.minimum(tile + j, last).to(gl.int64)
-        at = (slot * TILES + j) * PLANES
         for c in gl.static_range(CHUNKS):
             for w in gl.static_range(K_BITS):
-                async_load(ring.index(at + w * CHUNKS + c), p_k + t * (4 * D * K_BITS) + (w * 4 * D + c * 4) + copy_at)
+                to = ring[j * PLANES + w * CHUNKS + c].index(slot)
+                async_load(to, p_k + t * (4 * D * K_BITS) + (w * 4 * D + c * 4) + copy_at)
             for w in gl.static_range(V_BITS):
-                async_load(
-                    ring.index(at + (K_BITS + w) * CHUNKS + c),
-                    p_v + t * (4 * D * V_BITS) + (w * 4 * D + c * 4) + copy_at,
-                )
-        async_load(scales.index((slot * TILES + j) * 2), p_ks + t * 32 + scale_at)
-        async_load(scales.index((slot * TILES + j) * 2 + 1), p_vs + t * 32 + scale_at)
+                to = ring[j * PLANES + (K_BITS + w) * CHUNKS + c].index(slot)
+                async_load(to, p_v + t * (4 * D * V_BITS) + (w * 4 * D + c * 4) + copy_at)
+        async_load(scales[2 * j].index(slot), p_ks + t * 32 + scale_at)
+        async_load(scales[2 * j + 1].index(slot), p_vs + t * 32 + scale_at)
 
 
 @gluon.jit
@@ -161,15 +174,14 @@ def _step(
             D, K_BITS, V_BITS, TILES, CHUNKS,
         )  # fmt: skip
     async_copy.commit_group()
-    slot = (step - first) % STAGES * TILES
+    slot = (step - first) % STAGES
     left = packed - step * (32 * TILES)
 
     s = ()
     for j in gl.static_range(TILES):
-        at = (slot + j) * PLANES
         raw = ()
         if CHUNKS == 1:
-            planes = _load_planes(ring, at, K_BITS, 1, RAW)
+            planes = _load_planes(ring, slot, j * PLANES, K_BITS, 1, RAW)
             kT = _key_operand(_unpack_key(planes, k_low, k_high, K_ASM, K_CONSTRAINTS, K_BITS), D)
             kT = gl.convert_layout(kT, KB, assert_trivial=True)
             for x in gl.static_range(HT):
@@ -177,16 +189,15 @@ def _step(
         else:
             r = ()
             for c in gl.static_range(CHUNKS):
-                planes = _load_planes(ring, at + c, K_BITS, CHUNKS, RAW)
+                planes = _load_planes(ring, slot, j * PLANES + c, K_BITS, CHUNKS, RAW)
                 r = r + _unpack_key(planes, k_low, k_high, K_ASM, K_CONSTRAINTS, K_BITS)
             for x in gl.static_range(HT):
                 total = q_start[x]
                 for k in gl.static_range(BLOCKS):
-                    I: gl.constexpr = D // 16
-                    kT = _key_block(r, 2 * k, I)
+                    kT = _key_block(r, 2 * k, D // 16)
                     total = mma_v2(q[x * CHUNKS + k], gl.convert_layout(kT, KB, assert_trivial=True), total)
                 raw = raw + (total,)
-        norm = scales.index((slot + j) * 2).load(token.type.layout).to(gl.float32)
+        norm = scales[2 * j].index(slot).load(token.type.layout).to(gl.float32)
         for x in gl.static_range(HT):
             hi, lo = _halves(raw[x])
             score = (hi * 128 + lo).to(gl.float32) * norm[None, :]
@@ -216,7 +227,7 @@ def _step(
     acc = scaled
 
     for j in gl.static_range(TILES):
-        norm = scales.index((slot + j) * 2 + 1).load(token.type.layout).to(gl.float32)
+        norm = scales[2 * j + 1].index(slot).load(token.type.layout).to(gl.float32)
         if MASKED:
             norm = gl.where(token + 32 * j < left, norm, 0.0)
         pT = ()
@@ -231,11 +242,10 @@ def _step(
             weighted = gl.permute((p * norm[None, :]).to(gl.float16), (1, 0))
             pT = pT + (gl.convert_layout(weighted, PB, assert_trivial=True),)
         l_new = total
-        at = (slot + j) * PLANES + K_BITS * CHUNKS
         fresh = ()
         vT = ()
         for c in gl.static_range(CHUNKS):
-            planes = _load_planes(ring, at + c, V_BITS, CHUNKS, RAW)
+            planes = _load_planes(ring, slot, j * PLANES + K_BITS * CHUNKS + c, V_BITS, CHUNKS, RAW)
             r = _unpack_value(planes, v_low, v_high, V_ASM, V_CONSTRAINTS, V_BITS)
             vT = vT + (gl.convert_layout(_value_operand(r, BLOCKS // CHUNKS), VA, assert_trivial=True),)
         for x in gl.static_range(HT):
@@ -324,13 +334,18 @@ def gluon_splits_kernel(
         m = m + (gl.full([8], -1e30, gl.float32, HEAD),)
         l = l + (gl.full([8], 0.0, gl.float32, HEAD),)
     tables = meta + bh.to(gl.int64) * (HEAD_TILES * 32) + 24
-    k_low = gl.load(tables).to(gl.int32, bitcast=True)
-    k_high = gl.load(tables + 1).to(gl.int32, bitcast=True)
-    v_low = gl.load(tables + 2).to(gl.int32, bitcast=True)
-    v_high = gl.load(tables + 3).to(gl.int32, bitcast=True)
+    k_low = _table_word(tables, LANE_BYTES, RAW)
+    k_high = _table_word(tables + 1, LANE_BYTES, RAW)
+    v_low = _table_word(tables + 2, LANE_BYTES, RAW)
+    v_high = _table_word(tables + 3, LANE_BYTES, RAW)
 
-    ring = gl.allocate_shared_memory(gl.int8, [STAGES * TILES * PLANES, CHUNK_BYTES], FLAT)
-    scales = gl.allocate_shared_memory(gl.float16, [STAGES * TILES * 2, 32], FLAT)
+    # One allocation per plane: Triton 3.6 puts a barrier between any two copies into the same allocation.
+    ring = ()
+    for i in gl.static_range(TILES * PLANES):
+        ring = ring + (gl.allocate_shared_memory(gl.int8, [STAGES, CHUNK_BYTES], FLAT),)
+    scales = ()
+    for i in gl.static_range(TILES * 2):
+        scales = scales + (gl.allocate_shared_memory(gl.float16, [STAGES, 32], FLAT),)
     p_k = k_codes + b * stride_kb + h * stride_kh
     p_v = v_codes + b * stride_vb + h * stride_vh
     p_ks = k_scales + b * stride_ksb + h * stride_ksh

@@ -110,7 +110,7 @@ def prepare_kernel(
         # 4-bit key levels are grid + 1/2: half the sum of the query is where the integer score starts.
         tl.store(m_row + 16, tl.sum(hi * 128.0 + lo, axis=1) * k_half, mask=in_tile)
         tables = m_row + 24
-        word = head % 8
+        word = head % 4  # each twice: see decode_gluon._table_word
         table = tl.where(word == 0, k_low, tl.where(word == 1, k_high, tl.where(word == 2, v_low, v_high)))
         tl.store(tables, table.to(tl.int32).to(tl.float32, bitcast=True), mask=in_tile)
     else:

@@ -46,7 +46,8 @@ def make(case: Case, rng: torch.Generator, capacity_tiles: int | None = None) ->
         return torch.randn(*shape, generator=rng)
 
     def codes(bits: int) -> torch.Tensor:
-        return torch.randint(0, 256, (rows, heads, tiles, tile_bytes(bits, dim)), generator=rng).to(torch.uint8)
+        x = torch.randint(0, 256, (rows, heads, tiles, tile_bytes(bits, dim)), generator=rng).to(torch.uint8)
+        return x.where(x != 128, 127) if bits == 8 else x  # no encoder writes -128
 
     length = torch.tensor(longest + 3)
     start = length - torch.tensor(case.lengths)

@@ -31,7 +31,7 @@ from tq_ao.tensor import TurboQuantTensor, packed_attention
 
 BACKENDS = ("aot_eager", "inductor")
 # Releases in which the STALE rows above were seen.  A release not listed is expected to be cured of them.
-STALE_RELEASES = {"2.11", "2.13"}
+STALE_RELEASES = {"2.11", "2.12", "2.13"}
 
 Read = Callable[[torch.Tensor, TurboQuantTensor, TurboQuantTensor], torch.Tensor]
 READS: dict[str, Read] = {

@@ -21,7 +21,7 @@ set_up() {
         python=$(find_python)
         echo "setting up .venv ($("$python" --version)), a few minutes ..."
         rm -f "$stamp"
-        [ -x .venv/bin/python ] || "$python" -m venv .venv
+        .venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv
         install() { .venv/bin/python -m pip install --quiet "$@"; }
         # One version, not a range, and before everything else: where an index of CPU wheels is configured that build
         # is taken, and no later requirement replaces it by gigabytes of CUDA libraries.

@@ -115,7 +115,7 @@ def pair_weights(t: Trace, window: int, sinks: int) -> PairWeights:
     qa, ka, va = new(batch, heads, groups, tokens), new(batch, heads, tokens), new(batch, heads, tokens)
     qf, kf, vf, gf = new(*qa.shape), new(*ka.shape), new(*ka.shape), new(*qa.shape)
     position = torch.arange(tokens, device=call.q.device)
-    for first, end in row_blocks(tokens):
+    for first, end in row_blocks(tokens, call.q.device):
         columns = end - window
         if columns <= sinks:
             continue

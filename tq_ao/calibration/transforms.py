@@ -41,9 +41,9 @@ def balance(stored: torch.Tensor, reader: torch.Tensor, ridge: float = RIDGE) ->
         ridge: regulariser of both, relative to their mean eigenvalue.
 
     Returns:
-        float64 [H, D, D], determinant 1.
+        float64 [H, D, D] on the CPU (small eigenproblems are slow on a GPU), determinant 1.
     """
-    stored, reader = regularized(stored.double(), ridge), regularized(reader.double(), ridge)
+    stored, reader = regularized(stored.double().cpu(), ridge), regularized(reader.double().cpu(), ridge)
     half, inverse = matrix_power(stored, 0.5), matrix_power(stored, -0.5)
     m = inverse @ matrix_power(half @ reader @ half, 0.5) @ inverse
     a = matrix_power((m + m.mT) / 2, 0.5)
@@ -72,10 +72,11 @@ def key_maps(statistics: LayerStatistics, variant: str, rotation: torch.Tensor) 
         return rotation, rotation, rotation.new_zeros(rotation.shape[:2])
     weighting, _, centred = variant.partition("-")
     k, q = _moments(statistics, "k", weighting, variant), _moments(statistics, "q", weighting, variant)
-    a = balance(k.covariance(bool(centred)), q.covariance(False)).to(rotation.device)
+    a = balance(k.covariance(bool(centred)), q.covariance(False))
     shift = k.mean().float() if centred else rotation.new_zeros(rotation.shape[:2])
-    r = rotation.double()
-    return (a @ r).float(), (torch.linalg.inv(a) @ r).float(), shift.to(rotation.device)
+    r = rotation.double().cpu()
+    found = ((a @ r).float(), (torch.linalg.inv(a) @ r).float())
+    return found[0].to(rotation.device), found[1].to(rotation.device), shift.to(rotation.device)
 
 
 def value_maps(statistics: LayerStatistics, variant: str, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -97,10 +98,11 @@ def value_maps(statistics: LayerStatistics, variant: str, rotation: torch.Tensor
         reader = statistics.readout
     else:
         raise ValueError(f"value maps {variant!r} need W_o^T W_o, which was not found in this model; use 'fisher-centred'")
-    a = balance(v.covariance(centred), reader).to(rotation.device)
+    a = balance(v.covariance(centred), reader)
     shift = v.mean().float() if centred else rotation.new_zeros(rotation.shape[:2])
-    r = rotation.double()
-    return (a @ r).float(), (r.mT @ torch.linalg.inv(a)).float(), shift.to(rotation.device)
+    r = rotation.double().cpu()
+    found = ((a @ r).float(), (r.mT @ torch.linalg.inv(a)).float())
+    return found[0].to(rotation.device), found[1].to(rotation.device), shift.to(rotation.device)
 
 
 def _moments(statistics: LayerStatistics, what: str, weighting: str, variant: str):  # type: ignore[no-untyped-def]

@@ -62,6 +62,7 @@ def choose_variants(
     The score is the Fisher KL summed over PROBE_BITS, each divided by the plain variant's.
     """
     scores: dict[int, dict[str, float]] = {i: {} for i in plain}
+    built = {i: candidates(plain[i], statistics[i], key_variants, value_variants) for i in sorted(plain)}
     for n, ids in enumerate(bar(windows.split(1), "map variants", progress)):
         found = journal.get(f"variants/{n}") if journal is not None else None
         if found is None:
@@ -70,7 +71,7 @@ def choose_variants(
             traces = trace(model, ids.to(device_of(model)), gradient=True, generator=generator, skip=SKIP)
             for layer in sorted(plain):
                 sample = sample_rows(traces.pop(layer), rows, window, sinks, generator)
-                for (side, variant), maps in candidates(plain[layer], statistics[layer], key_variants, value_variants).items():
+                for (side, variant), maps in built[layer].items():
                     for b in PROBE_BITS:
                         found[f"{layer}/{side}/{variant}/{b}"] = fisher_kl(sample, side_delta(sample, side, maps, b))
             if journal is not None:

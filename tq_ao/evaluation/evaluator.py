@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import torch
 
-from tq_ao.calibration.capture import exact, intercept
-from tq_ao.evaluation.metrics import SKIP, Metrics, TokenScores, score, summarize
+from tq_ao.calibration.capture import Handler, exact, intercept
+from tq_ao.evaluation.metrics import SKIP, Metrics, score, summarize
 from tq_ao.evaluation.simulate import LayerPlan, handler
 
 
@@ -26,23 +26,20 @@ class Evaluator:
         self.model, self.windows, self.window, self.sinks = model, windows, window, sinks
         self.positions = torch.arange(min(skip, windows.shape[1] - 1), windows.shape[1], stride)
         self.evaluations = 0
-        self._exact = [self._logits(row, None) for row in windows.split(1)]
+        self._exact = [self._logits(row, exact) for row in windows.split(1)]
 
     @torch.no_grad()
-    def _logits(self, ids: torch.Tensor, plans: Mapping[int, LayerPlan] | None) -> torch.Tensor:
+    def _logits(self, ids: torch.Tensor, attention: Handler) -> torch.Tensor:
         device = next(self.model.parameters()).device
-        attention = exact if plans is None else handler(plans, window=self.window, sinks=self.sinks)
         with intercept(self.model, attention):
             return self.model(ids.to(device), use_cache=False, logits_to_keep=self.positions.to(device)).logits
 
-    def scores(self, plans: Mapping[int, LayerPlan]) -> list[TokenScores]:
-        """Per-position results of each window."""
+    def measure(self, attention: Handler) -> Metrics:
+        """Metrics of the model with another attention function."""
         self.evaluations += 1
-        return [
-            score(reference, self._logits(ids, plans), ids, self.positions)
-            for ids, reference in zip(self.windows.split(1), self._exact, strict=True)
-        ]
+        pairs = zip(self.windows.split(1), self._exact, strict=True)
+        return summarize([score(reference, self._logits(ids, attention), ids, self.positions) for ids, reference in pairs])
 
     def __call__(self, plans: Mapping[int, LayerPlan]) -> Metrics:
         """Metrics of a schedule: layer -> plan; layers without a plan stay exact."""
-        return summarize(self.scores(plans))
+        return self.measure(handler(plans, window=self.window, sinks=self.sinks))

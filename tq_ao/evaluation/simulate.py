@@ -11,13 +11,14 @@ from functools import partial
 
 import torch
 
-from tq_ao.calibration.capture import AttentionCall, exact
+from tq_ao.calibration.capture import AttentionCall, Handler, exact
 from tq_ao.codebook import Role, codebook
 from tq_ao.reference import quantize
 from tq_ao.rotation import LayerMaps
 
 EXACT_BITS = 16
-BLOCK = 256
+BLOCK = 256  # rows of the score matrix held at a time; GPU_BLOCK keeps a GPU busy
+GPU_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ def requantize_layer(k: torch.Tensor, v: torch.Tensor, plan: LayerPlan) -> tuple
     return k_hat, requantize(v, m.value, m.output, m.value_shift, plan.v_bits, "value")
 
 
-def row_blocks(tokens: int, block: int = BLOCK) -> Iterator[tuple[int, int]]:
+def row_blocks(tokens: int, device: torch.device, block: int | None = None) -> Iterator[tuple[int, int]]:
     """(first, end) of consecutive row blocks."""
+    block = block or (GPU_BLOCK if device.type == "cuda" else BLOCK)
     for first in range(0, tokens, block):
         yield first, min(tokens, first + block)
 
@@ -67,7 +69,7 @@ def softcapped(s: torch.Tensor, call: AttentionCall) -> torch.Tensor:
 
 
 def mixed_attention(
-    call: AttentionCall, k_hat: torch.Tensor, v_hat: torch.Tensor, *, window: int, sinks: int, block: int = BLOCK
+    call: AttentionCall, k_hat: torch.Tensor, v_hat: torch.Tensor, *, window: int, sinks: int, block: int | None = None
 ) -> torch.Tensor:
     """Attention output [B, Hq, N, D] where old keys and values are read from their quantised copies.
 
@@ -77,13 +79,12 @@ def mixed_attention(
         window: pairs closer than this are exact.
         sinks: tokens at the start that are always exact.
     """
-    batch, q_heads, tokens, dim = call.q.shape
-    heads = call.k.shape[1]
+    heads, tokens = call.k.shape[1], call.q.shape[2]
     q = (call.q * call.scaling).unflatten(1, (heads, -1))
     k_hat, v_hat = (torch.cat([x[:, :, :sinks], x_hat[:, :, sinks:]], 2) for x, x_hat in ((call.k, k_hat), (call.v, v_hat)))
     out = torch.empty_like(call.q)
     age = torch.arange(tokens, device=call.q.device)
-    for first, end in row_blocks(tokens, block):
+    for first, end in row_blocks(tokens, call.q.device, block):
         low = 0 if call.sliding is None else max(0, first - call.sliding + 1)
         mixed = max(low, first - window + 1)  # columns from here on are recent for some row of the block
         fresh = max(mixed, end - window)  # and from here on for every row
@@ -126,6 +127,6 @@ def simulated(call: AttentionCall, plans: Mapping[int, LayerPlan], window: int, 
     return mixed_attention(call, k_hat, v_hat, window=window, sinks=sinks)
 
 
-def handler(plans: Mapping[int, LayerPlan], *, window: int, sinks: int):  # type: ignore[no-untyped-def]
+def handler(plans: Mapping[int, LayerPlan], *, window: int, sinks: int) -> Handler:
     """An attention handler for `capture.intercept` that simulates the packed cache of `plans`."""
     return partial(simulated, plans=plans, window=window, sinks=sinks)

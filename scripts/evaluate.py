@@ -1,0 +1,76 @@
+"""Quality experiments: `evaluate.py pareto` (bits against KL) and `evaluate.py sensitivity` (which metric ranks layers)."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tq_ao.errors import TurboQuantError
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Command line."""
+    top = argparse.ArgumentParser(description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("pareto", "stored bits against KL and perplexity: schedules, baselines, KIVI-style rounding"),
+        ("sensitivity", "rank correlation of each sensitivity metric with measured per-layer KL"),
+    ):
+        p = commands.add_parser(name, help=text, description=text)
+        p.add_argument("--model", required=True, help="folder, alias, embedded model or Hub id")
+        p.add_argument("--text", default="enwiki", help="'enwiki' or a UTF-8 text file")
+        p.add_argument("--length", type=int, default=2048, help="tokens per window")
+        p.add_argument("--calibration-windows", type=int, default=6)
+        p.add_argument("--windows", type=int, default=4, help="held-out windows")
+        p.add_argument("--window", type=int, default=128, help="recent tokens kept exact")
+        p.add_argument("--sinks", type=int, default=4)
+        p.add_argument("--seed", type=int, default=0)
+        p.add_argument("--all-layers", action="store_true", help="quantise sliding-window layers too")
+        p.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/<command>_<model>.json")
+        p.add_argument("--quiet", action="store_true", help="no progress bars")
+    commands.choices["pareto"].add_argument("--budgets", type=float, nargs="+", default=[1.75, 2.0, 2.25, 2.5, 3.0, 3.5])
+    commands.choices["pareto"].add_argument("--repair", type=int, default=0, help="measured swaps per budget")
+    commands.choices["sensitivity"].add_argument("--bits", type=int, nargs="+", default=[2, 3])
+    return top
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The experiment's result."""
+    from tq_ao.evaluation.pareto import Options, pareto
+    from tq_ao.evaluation.rank_metrics import rank_metrics
+    from tq_ao.evaluation.setup import prepare
+
+    setup = prepare(
+        args.model, length=args.length, calibration=args.calibration_windows, evaluation=args.windows, text=args.text,
+        seed=args.seed, all_layers=args.all_layers,
+    )  # fmt: skip
+    progress = not args.quiet
+    if args.command == "pareto":
+        options = Options(
+            budgets=args.budgets, window=args.window, sinks=args.sinks, repair_evaluations=args.repair, seed=args.seed
+        )
+        return pareto(setup, options, progress=progress, report=lambda line: print(line, flush=True))
+    return rank_metrics(setup, args.bits, args.window, args.sinks, args.seed, progress, lambda line: print(line, flush=True))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one experiment and write its JSON."""
+    args = parser().parse_args(argv)
+    try:
+        result = run(args)
+    except TurboQuantError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    suffix = "_all_layers" if args.all_layers else ""
+    output = args.output or RESULTS / f"{args.command}_{result['model']}{suffix}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,50 @@
+"""Measured swaps find what the additive model missed, never exceed the budget and never end worse."""
+
+import torch
+
+from tq_ao.calibration.allocation import Shape, knapsack
+from tq_ao.calibration.repair import repair
+
+
+def setup_costs(rng, layers=6):
+    truth, guess = {}, {}
+    for i in range(layers):
+        for side in ("key", "value"):
+            base, error = torch.rand(2, generator=rng).tolist()
+            for b in (1, 2, 3, 4):
+                truth[i, side, b] = base * 4.0**-b
+                guess[i, side, b] = base * 4.0**-b * (0.2 + 4 * error)
+    return truth, guess
+
+
+def measure(truth, schedule):
+    """Not additive: K and V errors of a layer multiply."""
+    return sum(truth[i, "key", k] + truth[i, "value", v] + 3 * truth[i, "key", k] * truth[i, "value", v] for i, (k, v) in schedule.items())
+
+
+def test_repair_improves_a_wrong_model(rng):
+    truth, guess = setup_costs(rng)
+    shape = Shape.same(range(6))
+    start = knapsack(guess, shape, 2.5)
+    calls = []
+
+    def evaluate(schedule):
+        calls.append(schedule)
+        return measure(truth, schedule)
+
+    fixed = repair(start, evaluate, guess, shape, 2.5, evaluations=80)
+    best = measure(truth, knapsack(truth, shape, 2.5))
+    assert len(calls) <= 80
+    assert fixed.value == measure(truth, fixed.schedule)
+    assert fixed.start == measure(truth, start)
+    assert fixed.value <= fixed.start
+    assert fixed.value - best <= 0.7 * (fixed.start - best) + 1e-12
+    assert all(shape.average(s) <= 2.5 + 1e-9 for s in calls)
+
+
+def test_repair_stops_when_evaluations_are_spent(rng):
+    truth, guess = setup_costs(rng)
+    shape = Shape.same(range(6))
+    start = knapsack(guess, shape, 2.0)
+    fixed = repair(start, lambda s: measure(truth, s), guess, shape, 2.0, evaluations=3, start=measure(truth, start))
+    assert len(fixed.trials) == 3

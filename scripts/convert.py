@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Convert a model: choose bits (and maps) for its KV cache, measure them, write a checkpoint that carries them.
 
-    python scripts/convert.py gemma-2b --schedule auto
-    python scripts/convert.py smollm2-135m --schedule uniform --bits 4 --output-dir out
-    python scripts/convert.py --recipe recipes/gemma-2b.yaml --push-to-hub me/gemma-2b-tq3
+python scripts/convert.py gemma-2b --schedule auto
+python scripts/convert.py smollm2-135m --schedule uniform --bits 4 --output-dir out
+python scripts/convert.py --recipe recipes/gemma-2b.yaml --push-to-hub me/gemma-2b-tq3
 """
 
 import argparse
@@ -27,9 +27,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", nargs="?", help="alias (gemma-2b, smollm2-135m, ...), local folder or Hub id")
     p.add_argument("--recipe", type=Path, help="YAML file with these settings; flags override it")
-    p.add_argument("--schedule", help="auto (measured), uniform, or a JSON/YAML file {layer: [k_bits, v_bits]}; default auto")
+    p.add_argument(
+        "--schedule", help="auto (measured), uniform, or a JSON/YAML file {layer: [k_bits, v_bits]}; default auto"
+    )
     p.add_argument("--bits", type=float, help="average code bits per value; default 3")
-    p.add_argument("--maps", choices=("auto", "plain"), help="calibrated maps, or TurboQuant's random rotations; default auto")
+    p.add_argument(
+        "--maps", choices=("auto", "plain"), help="calibrated maps, or TurboQuant's random rotations; default auto"
+    )
     p.add_argument("--window", type=int, help="newest tokens kept exact; default 128")
     p.add_argument("--sinks", type=int, help="first tokens kept exact; default 4")
     p.add_argument("--calibration", help="calibration and verification text: enwiki or a text file; default enwiki")
@@ -38,11 +42,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--max-seq-length", type=int, help="tokens per window; default 2048")
     p.add_argument("--seed", type=int, help="of rotations, text split and sampling; default 0")
     p.add_argument("--output-dir", type=Path, help="folder to create; default <model>-tq<bits>")
-    p.add_argument("--push-to-hub", nargs="?", const="", metavar="ID", help="publish too; default ID is the output folder's name")
+    p.add_argument(
+        "--push-to-hub", nargs="?", const="", metavar="ID", help="publish too; default ID is the output folder's name"
+    )
     p.add_argument("--private", action="store_true", help="make the Hub repository private")
-    p.add_argument("--token", default=os.environ.get("HF_TOKEN"), help="Hub token; default HF_TOKEN or the stored login")
+    p.add_argument(
+        "--token", default=os.environ.get("HF_TOKEN"), help="Hub token; default HF_TOKEN or the stored login"
+    )
     p.add_argument("--device", help="device to calibrate on; default cuda if there is one, else cpu")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on cuda, float32 on cpu")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on cuda, float32 on cpu"
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="write the report there too; - for standard output")
     return p.parse_args(argv)
 
@@ -50,7 +60,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def settings(args: argparse.Namespace) -> recipe.Recipe:
     """The recipe file, if any, with the flags over it."""
     if args.recipe is None and args.model is None:
-        raise ValueError("expected a model or --recipe; for example: python scripts/convert.py smollm2-135m --schedule auto")
+        raise ValueError(
+            "expected a model or --recipe; for example: python scripts/convert.py smollm2-135m --schedule auto"
+        )
     base = recipe.load(args.recipe) if args.recipe else recipe.Recipe(model=args.model)
     names = ("model", "bits", "maps", "window", "sinks", "seed")
     changes = {name: value for name in names if (value := getattr(args, name)) is not None}
@@ -85,11 +97,17 @@ def show(report: dict) -> None:
     size = report["bytes_per_token"]
     print(f"\naverage {report['average_bits']:.3f} code bits, {report['stored_bits']:.3f} stored bits per value; packed tokens take "
           f"{size['packed']:.0f} bytes against {size['bfloat16']:.0f} in bfloat16 ({size['bfloat16'] / size['packed']:.2f}x smaller)")  # fmt: skip
-    print(f"measured through the packed cache on {report['text']} (window {report['window']}, sinks {report['sinks']}):")
+    print(
+        f"measured through the packed cache on {report['text']} (window {report['window']}, sinks {report['sinks']}):"
+    )
     change = 100 * (report["ppl_after"] / report["ppl_before"] - 1)
-    print(f"  this schedule: KL {report['kl']:.5f} +- {report['kl_stderr']:.5f}, perplexity {report['ppl_before']:.3f} -> {report['ppl_after']:.3f} ({change:+.2f} %)")
+    print(
+        f"  this schedule: KL {report['kl']:.5f} +- {report['kl_stderr']:.5f}, perplexity {report['ppl_before']:.3f} -> {report['ppl_after']:.3f} ({change:+.2f} %)"
+    )
     if base := report.get("baseline_uniform"):
-        print(f"  uniform {base['bits']:g}, random rotations: KL {base['kl']:.5f} +- {base['kl_stderr']:.5f}, perplexity {base['ppl']:.3f}")
+        print(
+            f"  uniform {base['bits']:g}, random rotations: KL {base['kl']:.5f} +- {base['kl_stderr']:.5f}, perplexity {base['ppl']:.3f}"
+        )
     print(f"sample: ...{report['sample']['prompt'][-60:]!r} -> {report['sample']['text']!r}\n")
 
 
@@ -111,7 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 args.json.write_text(text, encoding="utf-8")
         if args.push_to_hub is not None:
-            print("published:", hub.push(output, args.push_to_hub or output.name, private=args.private, token=args.token))
+            print(
+                "published:", hub.push(output, args.push_to_hub or output.name, private=args.private, token=args.token)
+            )
     except HubError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3

@@ -31,7 +31,10 @@ def main() -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     if not hasattr(model, "turboquant"):
-        print(f"error: {args.model} carries no KV-cache schedule; make one with: python scripts/convert.py {args.model}", file=sys.stderr)
+        print(
+            f"error: {args.model} carries no KV-cache schedule; make one with: python scripts/convert.py {args.model}",
+            file=sys.stderr,
+        )
         return 1
     torch.manual_seed(args.seed)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
@@ -58,14 +61,23 @@ def prove(model: torch.nn.Module, cache: object) -> None:
     vectors = sum(2 * layer.k_scales.numel() for layer in layers)
     held = sum(layer.nbytes()["packed"] for layer in layers)
     dim, sides = head_dim(config), 2 * config.num_key_value_heads * len(layers)
-    per_vector = held / vectors if vectors else sum((s.k_bits + s.v_bits) * dim / 16 + 2 for s in (x.scheme for x in layers)) / len(layers)
-    kinds = {f"K {t[0].codes.dtype} V {t[1].codes.dtype}".replace("torch.", "") for t in (layer.tensors() for layer in layers)}
+    per_vector = (
+        held / vectors
+        if vectors
+        else sum((s.k_bits + s.v_bits) * dim / 16 + 2 for s in (x.scheme for x in layers)) / len(layers)
+    )
+    kinds = {
+        f"K {t[0].codes.dtype} V {t[1].codes.dtype}".replace("torch.", "")
+        for t in (layer.tensors() for layer in layers)
+    }
     print(f"cache: {type(cache).__name__}, {len(layers)} packed layers ({', '.join(kinds)} codes), "
           f"{quantization.average_bits([x.index for x in layers]):.2f} bits per value")  # fmt: skip
     print(f"  {packed} of {length} tokens packed at {per_vector * sides:.0f} bytes per token, {2 * dim * sides} in bfloat16 "
           f"({2 * dim / per_vector:.2f}x smaller); the newest {length - packed - min(length, quantization.sinks)} and the first {quantization.sinks} are exact")  # fmt: skip
     if not packed:
-        print(f"  nothing is packed yet: the text is shorter than sinks + window + one tile = {quantization.sinks + quantization.window + 32} tokens")
+        print(
+            f"  nothing is packed yet: the text is shorter than sinks + window + one tile = {quantization.sinks + quantization.window + 32} tokens"
+        )
 
 
 if __name__ == "__main__":

@@ -126,7 +126,9 @@ def test_left_padded_rows_give_the_tokens_of_their_own_runs(kind, implementation
     quantize_kv_(model, THREE)
     lengths = [120, 75, 41]
     rows = [prompt(rng, 1, n)[0] for n in lengths]
-    ids = torch.stack([torch.cat([torch.zeros(120 - n, dtype=torch.long), r]) for n, r in zip(lengths, rows, strict=True)])
+    ids = torch.stack(
+        [torch.cat([torch.zeros(120 - n, dtype=torch.long), r]) for n, r in zip(lengths, rows, strict=True)]
+    )
     mask = torch.stack([torch.arange(120) >= 120 - n for n in lengths]).long()
     options = {"max_new_tokens": 60, "do_sample": False, "cache_implementation": implementation}
     together = model.generate(ids, attention_mask=mask, **options)[:, 120:]
@@ -206,10 +208,13 @@ def test_assisted_decoding(rng):
 def test_dequantize_is_never_called(monkeypatch, rng):
     def refuse(*args, **kwargs):
         raise AssertionError("dequantize was called")
+
     monkeypatch.setattr(TurboQuantTensor, "dequantize", refuse)
     model, ids = tiny.model(), prompt(rng)
     quantize_kv_(model, THREE)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=50, do_sample=False, return_dict_in_generate=True)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=50, do_sample=False, return_dict_in_generate=True
+    )
     key, _ = out.past_key_values.layers[0].tensors()
     with pytest.raises(AssertionError, match="dequantize was called"):
         key.dequantize()
@@ -228,7 +233,9 @@ def test_gemma3_sliding_layers_keep_their_own_cache(rng):
 
 def test_mixed_schedule_with_an_exact_layer(rng):
     model, ids = tiny.model(), prompt(rng)
-    quantize_kv_(model, TurboQuantConfig(layers={0: LayerScheme(4, 2), 2: LayerScheme(16, 16)}, window=WINDOW, sinks=SINKS))
+    quantize_kv_(
+        model, TurboQuantConfig(layers={0: LayerScheme(4, 2), 2: LayerScheme(16, 16)}, window=WINDOW, sinks=SINKS)
+    )
     for implementation in (None, "static"):
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, cache_implementation=implementation,
                              return_dict_in_generate=True)  # fmt: skip
@@ -280,7 +287,9 @@ def test_multi_turn_reuse_of_one_cache(rng):
     quantize_kv_(model, EIGHT)
     cache = model.turboquant.make_cache()
     for _ in range(3):
-        text = model.generate(text, attention_mask=torch.ones_like(text), past_key_values=cache, max_new_tokens=20, do_sample=False)
+        text = model.generate(
+            text, attention_mask=torch.ones_like(text), past_key_values=cache, max_new_tokens=20, do_sample=False
+        )
         assert cache.get_seq_length() == text.shape[1] - 1
         text = torch.cat([text, prompt(rng, 1, 15)], 1)
     whole = model.turboquant.make_cache()
@@ -328,7 +337,9 @@ def test_compiled_decode_is_one_graph_without_recompiles(rng):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     graphs = []
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=lambda gm, inputs: graphs.append(gm) or gm.forward)
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=False, backend=lambda gm, inputs: graphs.append(gm) or gm.forward
+    )
     for _ in range(2):
         cache = model.turboquant.make_cache(256)
         got = [teacher_forced(model, ids[:, :60], cache, [60])]
@@ -341,7 +352,12 @@ def test_compiled_decode_is_one_graph_without_recompiles(rng):
 def test_generate_compiles_decode_as_one_full_graph(rng):
     model, ids = tiny.model(), prompt(rng, 2, 60)
     quantize_kv_(model, THREE)
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "cache_implementation": "static",
+    }
     eager = model.generate(ids, **options, disable_compile=True)
     compile_config = CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
     compile_config._compile_all_devices = True
@@ -356,7 +372,12 @@ def test_generate_compiles_decode_as_one_full_graph(rng):
 def test_static_cache_is_reused_between_generate_calls_unless_kept(rng):
     model, ids = tiny.model(), prompt(rng)
     quantize_kv_(model, THREE)
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "cache_implementation": "static", "return_dict_in_generate": True}
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 5,
+        "cache_implementation": "static",
+        "return_dict_in_generate": True,
+    }
     kept = model.generate(ids, **options).past_key_values
     length = int(kept.get_seq_length())
     other = model.generate(ids[:, :50], **{**options, "attention_mask": torch.ones(1, 50)}).past_key_values
@@ -371,7 +392,9 @@ def test_other_caches_can_still_be_asked_for(rng):
     exact = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
     quantize_kv_(model, TurboQuantConfig(bits=1, window=0, sinks=0))
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=128)):
-        again = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=10, do_sample=False)
+        again = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=10, do_sample=False
+        )
         assert torch.equal(again, exact)
 
 

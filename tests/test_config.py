@@ -47,7 +47,9 @@ def test_a_missing_key_is_named():
         TurboQuantConfig.from_scheme(scheme)
 
 
-@pytest.mark.parametrize("fields", [{"bits": 5}, {"k_bits": 16, "v_bits": 3}, {"window": -1}, {"sinks": 1.5}, {"rotation": "none"}])
+@pytest.mark.parametrize(
+    "fields", [{"bits": 5}, {"k_bits": 16, "v_bits": 3}, {"window": -1}, {"sinks": 1.5}, {"rotation": "none"}]
+)
 def test_bad_fields(fields):
     with pytest.raises(ValueError, match="expected"):
         TurboQuantConfig(**fields)

@@ -175,7 +175,10 @@ def test_text_generation_pipeline(smollm2):
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
     quantize_kv_(model, TurboQuantConfig(bits=4, window=16, sinks=4))
     run = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(smollm2))
-    prompt = "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is Madrid. " * 4 + "The capital of Italy is"
+    prompt = (
+        "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is Madrid. " * 4
+        + "The capital of Italy is"
+    )
     assert "Rome" in run(prompt, max_new_tokens=4, do_sample=False, return_full_text=False)[0]["generated_text"]
 
 

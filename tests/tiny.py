@@ -22,11 +22,22 @@ def config(kind: str, **changes: object) -> PreTrainedConfig:
     """A small config: llama, qwen2 (with k_proj bias), gemma2 (soft-cap), gemma3 (mostly sliding), gpt_oss (sink logits)."""
     fields = {**_COMMON, "num_hidden_layers": 3, **changes}
     if kind == "gemma3":
-        return Gemma3TextConfig(**{**fields, "num_hidden_layers": 4, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2})
+        return Gemma3TextConfig(
+            **{
+                **fields,
+                "num_hidden_layers": 4,
+                "sliding_window": 24,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            }
+        )
     if kind == "gemma2":
-        return Gemma2Config(**{**fields, "sliding_window": 24, "layer_types": ["full_attention"] * 3, "query_pre_attn_scalar": 32})
+        return Gemma2Config(
+            **{**fields, "sliding_window": 24, "layer_types": ["full_attention"] * 3, "query_pre_attn_scalar": 32}
+        )
     if kind == "gpt_oss":
-        return GptOssConfig(**{**fields, "num_local_experts": 2, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 3})
+        return GptOssConfig(
+            **{**fields, "num_local_experts": 2, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 3}
+        )
     return {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](**fields)
 
 

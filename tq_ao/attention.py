@@ -36,7 +36,9 @@ def turboquant_attention(
     if attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[2]]
     if softcap is None and s_aux is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
     return _eager(query, key, value, attention_mask, scaling, softcap, s_aux), None
 
 
@@ -60,7 +62,11 @@ def _eager(
         attention_mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len)
     if attention_mask is not None:
         lowest = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~attention_mask, lowest) if attention_mask.dtype == torch.bool else scores + attention_mask
+        scores = (
+            scores.masked_fill(~attention_mask, lowest)
+            if attention_mask.dtype == torch.bool
+            else scores + attention_mask
+        )
     if s_aux is not None:
         scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)], -1)
     weights = torch.softmax(scores.float(), -1).to(query.dtype)[..., :kv_len]

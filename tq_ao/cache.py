@@ -55,7 +55,13 @@ class TurboQuantLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(
-        self, index: int, scheme: LayerScheme, maps: MapSource, window: int, sinks: int, max_cache_len: int | None = None
+        self,
+        index: int,
+        scheme: LayerScheme,
+        maps: MapSource,
+        window: int,
+        sinks: int,
+        max_cache_len: int | None = None,
     ) -> None:
         super().__init__()
         self.index, self.scheme, self.maps = index, scheme, maps
@@ -72,7 +78,9 @@ class TurboQuantLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         batch, heads, _, dim = key_states.shape
         if value_states.shape[-1] != dim:
-            raise ValueError(f"layer {self.index}: expected K and V of one head_dim, got {dim} and {value_states.shape[-1]}")
+            raise ValueError(
+                f"layer {self.index}: expected K and V of one head_dim, got {dim} and {value_states.shape[-1]}"
+            )
         self.dtype, self.device, self.batch_size, self.head_dim = key_states.dtype, key_states.device, batch, dim
         self.layer_maps = self.maps(self.index, heads, dim, self.device)
         tiles = 0 if self.max_cache_len is None else max(0, self.max_cache_len - self.sinks - self.window) // TILE
@@ -80,11 +88,19 @@ class TurboQuantLayer(CacheLayerMixin):
         for side, bits in (("k", self.scheme.k_bits), ("v", self.scheme.v_bits)):
             codes = torch.zeros(batch, heads, tiles, tile_bytes(bits, dim), dtype=torch.uint8, device=self.device)
             setattr(self, f"{side}_codes", codes)
-            setattr(self, f"{side}_scales", torch.zeros(batch, heads, tiles, TILE, dtype=torch.float16, device=self.device))
-            setattr(self, f"{side}_sinks", torch.zeros(batch, heads, self.sinks, dim, dtype=self.dtype, device=self.device))
+            setattr(
+                self, f"{side}_scales", torch.zeros(batch, heads, tiles, TILE, dtype=torch.float16, device=self.device)
+            )
+            setattr(
+                self, f"{side}_sinks", torch.zeros(batch, heads, self.sinks, dim, dtype=self.dtype, device=self.device)
+            )
             setattr(self, f"{side}_recent", torch.zeros(batch, heads, ring, dim, dtype=self.dtype, device=self.device))
         self.length = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.start = torch.zeros(batch, dtype=torch.int64, device=self.device) if self.start is None else self.start.to(self.device)
+        self.start = (
+            torch.zeros(batch, dtype=torch.int64, device=self.device)
+            if self.start is None
+            else self.start.to(self.device)
+        )
         if self.is_compileable and not torch.compiler.is_compiling():
             for tensor in (*self.buffers(), self.length, self.start):
                 torch._dynamo.mark_static_address(tensor)
@@ -101,7 +117,9 @@ class TurboQuantLayer(CacheLayerMixin):
         else:
             self.start.copy_(start)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new keys and values [B, H, q, D]; returns what attention reads.
 
         An empty cache hands back the exact tensors (prefill attends exact K and V).  Later calls return
@@ -114,12 +132,16 @@ class TurboQuantLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         q = key_states.shape[2]
         if key_states.shape[0] != self.batch_size:
-            raise ValueError(f"expected batch size {self.batch_size}, got {key_states.shape[0]}; reset() keeps the batch size, make a new cache")
+            raise ValueError(
+                f"expected batch size {self.batch_size}, got {key_states.shape[0]}; reset() keeps the batch size, make a new cache"
+            )
         if self.max_cache_len is None:
             self._grow(self.seen + q)
             self.seen += q
         elif q > self.max_cache_len:
-            raise ValueError(f"expected at most max_cache_len={self.max_cache_len} tokens, got {q}; make a longer cache")
+            raise ValueError(
+                f"expected at most max_cache_len={self.max_cache_len} tokens, got {q}; make a longer cache"
+            )
         snapshot = None
         if q > 1 and not self.is_empty:
             snapshot = (self.k_recent.clone(), self.v_recent.clone(), self.length.clone())
@@ -142,7 +164,9 @@ class TurboQuantLayer(CacheLayerMixin):
         """The cache's K and V as they stand, zero-copy."""
         return self._wrap("k", self.k_recent, None, self.length), self._wrap("v", self.v_recent, None, self.length)
 
-    def _wrap(self, side: str, recent: torch.Tensor, new: torch.Tensor | None, length: torch.Tensor) -> TurboQuantTensor:
+    def _wrap(
+        self, side: str, recent: torch.Tensor, new: torch.Tensor | None, length: torch.Tensor
+    ) -> TurboQuantTensor:
         maps, key = self.layer_maps, side == "k"
         return TurboQuantTensor(
             getattr(self, f"{side}_codes"),
@@ -163,7 +187,10 @@ class TurboQuantLayer(CacheLayerMixin):
 
     def _grow(self, tokens: int) -> None:
         """Room for the tiles of `tokens` tokens, half as much again at a time."""
-        have, need = self.k_codes.shape[2], reference.packed_tokens(tokens, self.sinks, self.window, self.k_recent.shape[2]) // TILE
+        have, need = (
+            self.k_codes.shape[2],
+            reference.packed_tokens(tokens, self.sinks, self.window, self.k_recent.shape[2]) // TILE,
+        )
         if need <= have:
             return
         tiles = max(need, have + have // 2, 8)
@@ -198,7 +225,9 @@ class TurboQuantLayer(CacheLayerMixin):
         codes return to the ring as their reconstruction; packing them again yields the same codes.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"expected crop(-n) to remove n tokens, got {tokens_to_remove}; positive crops are gone from transformers")
+            raise ValueError(
+                f"expected crop(-n) to remove n tokens, got {tokens_to_remove}; positive crops are gone from transformers"
+            )
         removed = -tokens_to_remove
         if not self.is_initialized or not removed:
             return
@@ -316,7 +345,9 @@ class TurboQuantCache(Cache):
         """
         if self._holes is not None and not torch.compiler.is_compiling():
             if bool(self._holes):
-                raise ValueError("expected left padding, got a mask with padding after a row's first token; set tokenizer.padding_side='left'")
+                raise ValueError(
+                    "expected left padding, got a mask with padding after a row's first token; set tokenizer.padding_side='left'"
+                )
             self._holes = None
         layers = self.packed_layers()
         if isinstance(attention_mask, dict):
@@ -344,10 +375,14 @@ def check_shape(text_config: PreTrainedConfig, quantization: TurboQuantConfig) -
     """Raise ValueError unless the schedule was made for a model of this many layers and this head_dim."""
     have = text_config.num_hidden_layers
     if quantization.num_layers not in (None, have):
-        raise ValueError(f"expected a schedule for {have} layers, got one for {quantization.num_layers}; convert this model again")
+        raise ValueError(
+            f"expected a schedule for {have} layers, got one for {quantization.num_layers}; convert this model again"
+        )
     dim = head_dim(text_config)
     if quantization.head_dim not in (None, dim):
-        raise ValueError(f"expected a schedule for head_dim {dim}, got one for {quantization.head_dim}; convert this model again")
+        raise ValueError(
+            f"expected a schedule for head_dim {dim}, got one for {quantization.head_dim}; convert this model again"
+        )
 
 
 def head_dim(text_config: PreTrainedConfig) -> int:

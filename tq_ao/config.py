@@ -102,7 +102,12 @@ class TurboQuantConfig:
     def resolve(self, layers: Sequence[int], num_layers: int, head_dim: int) -> "TurboQuantConfig":
         """The same config with every quantised layer spelled out and tied to a model's shape."""
         return replace(
-            self, layers={i: self.layer(i) for i in layers}, num_layers=num_layers, head_dim=head_dim, k_bits=None, v_bits=None
+            self,
+            layers={i: self.layer(i) for i in layers},
+            num_layers=num_layers,
+            head_dim=head_dim,
+            k_bits=None,
+            v_bits=None,
         )
 
     def to_scheme(self) -> dict[str, Any]:
@@ -133,13 +138,19 @@ class TurboQuantConfig:
         """
         known = set(cls().to_scheme())
         if scheme.get("format") != FORMAT:
-            raise ValueError(f"expected kv_cache_scheme format {FORMAT!r}, got {scheme.get('format')!r}; this is not a tq_ao checkpoint")
+            raise ValueError(
+                f"expected kv_cache_scheme format {FORMAT!r}, got {scheme.get('format')!r}; this is not a tq_ao checkpoint"
+            )
         for key, newest in (("version", FORMAT_VERSION), ("layout_version", LAYOUT_VERSION)):
             version = scheme.get(key)
             if not isinstance(version, int) or not 1 <= version <= newest:
-                raise ValueError(f"expected kv_cache_scheme {key} 1..{newest}, got {version!r}; upgrade tq_ao to read this checkpoint")
+                raise ValueError(
+                    f"expected kv_cache_scheme {key} 1..{newest}, got {version!r}; upgrade tq_ao to read this checkpoint"
+                )
         if scheme.get("codec") != "mse":
-            raise ValueError(f"expected kv_cache_scheme codec 'mse', got {scheme.get('codec')!r}; upgrade tq_ao or convert the model again")
+            raise ValueError(
+                f"expected kv_cache_scheme codec 'mse', got {scheme.get('codec')!r}; upgrade tq_ao or convert the model again"
+            )
         if missing := known - set(scheme) - {"num_bits"}:
             raise ValueError(f"kv_cache_scheme lacks {sorted(missing)}; convert the model again")
         if unknown := set(scheme) - known:

@@ -120,10 +120,14 @@ def load(
     hf.check_supported(config)
     existing = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if existing not in (None, "torchao", "turboquant"):
-        raise ModelError(f"{source.name}: its weights are quantised with {existing}; convert the original model, or one quantised with torchao")
+        raise ModelError(
+            f"{source.name}: its weights are quantised with {existing}; convert the original model, or one quantised with torchao"
+        )
     layers = quantizable_layers(config)
     if not isinstance(recipe.schedule, str) and (stray := sorted(set(recipe.schedule) - set(layers))):
-        raise ValueError(f"the schedule names layers {stray}, which are not full-attention layers of {source.name}; those are {layers}")
+        raise ValueError(
+            f"the schedule names layers {stray}, which are not full-attention layers of {source.name}; those are {layers}"
+        )
     tokenizer = AutoTokenizer.from_pretrained(source.path_or_id, token=token)
     text = articles(recipe.calibration.source)
     if recipe.verification.source == recipe.calibration.source:
@@ -133,7 +137,9 @@ def load(
     calibration = windows(tokenizer, for_calibration, recipe.calibration.length, recipe.calibration.windows)
     verification = windows(tokenizer, for_verification, recipe.verification.length, recipe.verification.windows)
     if recipe.verification.length <= recipe.window + recipe.sinks + 32:
-        raise TextError(f"verification windows of {recipe.verification.length} tokens never leave the exact window of {recipe.window}; make them longer")
+        raise TextError(
+            f"verification windows of {recipe.verification.length} tokens never leave the exact window of {recipe.window}; make them longer"
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     say(f"loading {source.path_or_id} ({str(dtype).removeprefix('torch.')} on {device})")
@@ -141,7 +147,11 @@ def load(
     if not source.is_local:
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(source.path_or_id, token=token, ignore_patterns=["*.gguf", "*.bin", "*.pth", "original/*"]))
+        folder = Path(
+            snapshot_download(
+                source.path_or_id, token=token, ignore_patterns=["*.gguf", "*.bin", "*.pth", "original/*"]
+            )
+        )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     return Conversion(recipe, source, folder, model, tokenizer, calibration, verification)
 
@@ -246,7 +256,11 @@ def write(job: Conversion, output: Path) -> None:
     part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
     try:
         for file in sorted(job.folder.iterdir()):
-            if file.is_file() and file.name not in ("README.md", "config.json", SIDECAR, TRANSFORMS_FILE) and not file.name.startswith("."):
+            if (
+                file.is_file()
+                and file.name not in ("README.md", "config.json", SIDECAR, TRANSFORMS_FILE)
+                and not file.name.startswith(".")
+            ):
                 shutil.copyfile(file, part / file.name)
         quantization: TurboQuantConfig = job.model.turboquant.quantization
         if job.maps is not None:

@@ -52,7 +52,12 @@ class Attachment:
         """
         size = -(-max_cache_len // _STATIC_STEP) * _STATIC_STEP
         last = self._last
-        if last is not None and sys.getrefcount(last) <= 3 and last.get_max_length() >= size and last.batch_size in (-1, batch_size):
+        if (
+            last is not None
+            and sys.getrefcount(last) <= 3
+            and last.get_max_length() >= size
+            and last.batch_size in (-1, batch_size)
+        ):
             last.reset()
             return last
         self._last = self.make_cache(size)
@@ -70,9 +75,13 @@ def check_supported(config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder:
         raise ValueError(f"{text.model_type}: expected a decoder-only model, got an encoder-decoder")
     if head_dim(text) % 32:
-        raise ValueError(f"{text.model_type}: expected a head_dim that is a multiple of 32, got {head_dim(text)}; layout v1 has no other shapes")
+        raise ValueError(
+            f"{text.model_type}: expected a head_dim that is a multiple of 32, got {head_dim(text)}; layout v1 has no other shapes"
+        )
     if not quantizable_layers(config):
-        raise ValueError(f"{text.model_type}: no full-attention layers to pack (sliding-window layers keep their own small cache)")
+        raise ValueError(
+            f"{text.model_type}: no full-attention layers to pack (sliding-window layers keep their own small cache)"
+        )
 
 
 def attach(
@@ -97,7 +106,9 @@ def attach(
     dim, layers = head_dim(config), quantizable_layers(config)
     check_shape(config, quantization)
     if stray := [i for i in quantization.layers if i not in layers]:
-        raise ValueError(f"the schedule names layers {stray}, which are not full-attention layers of this model; those are {layers}")
+        raise ValueError(
+            f"the schedule names layers {stray}, which are not full-attention layers of this model; those are {layers}"
+        )
     resolved = quantization.resolve(layers, config.num_hidden_layers, dim)
     if calibrated:
         resolved = replace(resolved, transforms=resolved.transforms or TRANSFORMS_FILE)
@@ -125,7 +136,9 @@ def quantize_kv_(model: PreTrainedModel, config: TurboQuantConfig | None = None)
     """
     config = config or TurboQuantConfig()
     if config.transforms is not None:
-        raise ValueError(f"expected transforms=None without a checkpoint, got {config.transforms!r}; load the converted model with from_pretrained")
+        raise ValueError(
+            f"expected transforms=None without a checkpoint, got {config.transforms!r}; load the converted model with from_pretrained"
+        )
     return attach(model, config)
 
 
@@ -142,7 +155,11 @@ def attach_checkpoint(model: PreTrainedModel, scheme: Mapping[str, Any]) -> PreT
 
 def save_transforms(path: str | Path, calibrated: Mapping[int, LayerMaps]) -> None:
     """Write calibrated maps: one float32 tensor `layers.<i>.<name>` per map or shift (names of LayerMaps)."""
-    tensors = {f"layers.{i}.{name}": t.cpu().contiguous() for i, maps in calibrated.items() for name, t in maps.tensors().items()}
+    tensors = {
+        f"layers.{i}.{name}": t.cpu().contiguous()
+        for i, maps in calibrated.items()
+        for name, t in maps.tensors().items()
+    }
     save_file(tensors, str(path), metadata={"format": "pt"})
 
 
@@ -171,11 +188,20 @@ def _save_pretrained(self: PreTrainedModel, save_directory: str | Path, *args: A
 
 
 def _prepare_cache_for_generation(
-    self: PreTrainedModel, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+    self: PreTrainedModel,
+    generation_config: Any,
+    model_kwargs: dict,
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
 ) -> None:
     """Our cache unless the caller passed one, wants none, or names another kind; static where generate compiles."""
     asked = generation_config.cache_implementation
-    if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache or asked not in (None, "dynamic", "static"):
+    if (
+        model_kwargs.get("past_key_values") is not None
+        or not generation_config.use_cache
+        or asked not in (None, "dynamic", "static")
+    ):
         return type(self)._prepare_cache_for_generation(
             self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )

@@ -41,7 +41,9 @@ def _named(impl: str, device: torch.device, *supported: str) -> str:
     if impl not in IMPLS:
         raise ValueError(f"expected impl in {IMPLS}, got {impl!r}")
     if impl != "auto" and impl not in supported:
-        raise ValueError(f"impl={impl!r} does not run on {device}; use one of {('auto', *supported)} or move the tensors")
+        raise ValueError(
+            f"impl={impl!r} does not run on {device}; use one of {('auto', *supported)} or move the tensors"
+        )
     return impl
 
 

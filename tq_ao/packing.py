@@ -43,7 +43,9 @@ def tile_bytes(bits: int, head_dim: int) -> int:
         ValueError: head_dim is not a positive multiple of 32, or bits is unsupported.
     """
     if head_dim <= 0 or head_dim % 32:
-        raise ValueError(f"expected head_dim to be a positive multiple of 32, got {head_dim}; layout v1 has no other shapes")
+        raise ValueError(
+            f"expected head_dim to be a positive multiple of 32, got {head_dim}; layout v1 has no other shapes"
+        )
     if bits not in BITS:
         raise ValueError(f"expected bits in {BITS}, got {bits!r}; choose one of those widths")
     return TILE * head_dim * bits // 8
@@ -108,28 +110,41 @@ def pack(codes: torch.Tensor, bits: int, role: Role) -> torch.Tensor:
     return planes.view(torch.uint8).reshape(*lead, tokens // TILE, nbytes)
 
 
+def selector_bytes(packed: torch.Tensor, bits: int, head_dim: int) -> torch.Tensor:
+    """Undo the bit packing of 1-4 bits: uint8 [..., T, bytes] -> uint8 [..., T, 32 lanes, D / 2].
+
+    Byte i of a lane holds its codes 2i (low nibble) and 2i + 1 (high nibble): what a kernel has in registers
+    after its shifts and masks.
+    """
+    words = packed.contiguous().view(torch.int32).unflatten(-1, (bits, 32, head_dim // 32))
+    w = words.unbind(-3)  # planes [..., T, lane, group]
+    if bits == 4:
+        nibbles = list(w)
+    elif bits == 3:
+        top = ((w[0] >> 3) & 0x11111111) | ((w[1] >> 2) & 0x22222222) | ((w[2] >> 1) & 0x44444444)
+        nibbles = [x & 0x77777777 for x in w] + [top]
+    elif bits == 2:
+        nibbles = [(x >> s) & 0x33333333 for x in w for s in (0, 2)]
+    else:
+        nibbles = [(w[0] >> s) & 0x11111111 for s in range(4)]
+    return torch.stack(nibbles, -1).view(torch.uint8).flatten(-2)  # [..., T, lane, group, 4 words] -> bytes
+
+
 def unpack_fragments(packed: torch.Tensor, bits: int, head_dim: int) -> torch.Tensor:
-    """Codes in fragment order: uint8 [..., T, bytes] -> int32 [..., T, 32 lanes, D]."""
+    """Codes in fragment order: uint8 [..., T, bytes] -> uint8 [..., T, 32 lanes, D]."""
     nbytes = tile_bytes(bits, head_dim)
     if packed.shape[-1] != nbytes:
-        raise ValueError(f"expected {nbytes} bytes per tile for {bits} bits and head_dim {head_dim}, got {packed.shape[-1]}")
-    words = packed.contiguous().view(torch.int32).unflatten(-1, (bits, 32, head_dim // 32)).movedim(-3, -1)
-    words = words.unsqueeze(-1)  # [..., T, lane, group, w, 1]
-    nibble = 4 * torch.arange(8, device=packed.device, dtype=torch.int32)
+        raise ValueError(
+            f"expected {nbytes} bytes per tile for {bits} bits and head_dim {head_dim}, got {packed.shape[-1]}; "
+            "bits and head_dim are those the tile was packed with"
+        )
     if bits == 8:
-        q = (words >> (2 * nibble[:4])) & 0xFF
-    elif bits == 3:
-        column = words >> nibble
-        plane = torch.arange(3, device=packed.device, dtype=torch.int32)[:, None]
-        top = (((column >> 3) & 1) << plane).sum(-2, keepdim=True, dtype=torch.int32)
-        q = torch.cat([column & 7, top], -2)
-    else:
-        per = 4 // bits
-        shift = bits * torch.arange(per, device=packed.device, dtype=torch.int32)[:, None]
-        q = (words.unsqueeze(-1) >> (shift + nibble)) & ((1 << bits) - 1)
-    return q.flatten(packed.dim())
+        words = packed.contiguous().view(torch.int32).unflatten(-1, (bits, 32, head_dim // 32))
+        return words.movedim(-3, -1).contiguous().view(torch.uint8).flatten(-2)
+    pairs = selector_bytes(packed, bits, head_dim)
+    return torch.stack([pairs & 0xF, pairs >> 4], -1).flatten(-2)
 
 
 def unpack(packed: torch.Tensor, bits: int, head_dim: int, role: Role) -> torch.Tensor:
-    """Inverse of `pack`: uint8 [..., T, tile_bytes] -> int32 codes [..., T*32, D]."""
+    """Inverse of `pack`: uint8 [..., T, tile_bytes] -> uint8 codes [..., T*32, D]."""
     return from_fragments(unpack_fragments(packed, bits, head_dim), role).flatten(-3, -2)

@@ -30,10 +30,14 @@ class TurboQuantQuantizationConfig(QuantizationConfigMixin):
         ValueError: a version or scheme this tq_ao cannot read.
     """
 
-    def __init__(self, kv_cache_scheme: dict[str, Any] | None = None, version: int = FORMAT_VERSION, **kwargs: Any) -> None:
+    def __init__(
+        self, kv_cache_scheme: dict[str, Any] | None = None, version: int = FORMAT_VERSION, **kwargs: Any
+    ) -> None:
         self.quant_method = FORMAT
         if version != FORMAT_VERSION:
-            raise ValueError(f"expected turboquant version {FORMAT_VERSION}, got {version!r}; upgrade tq_ao to read this checkpoint")
+            raise ValueError(
+                f"expected turboquant version {FORMAT_VERSION}, got {version!r}; upgrade tq_ao to read this checkpoint"
+            )
         if kv_cache_scheme is None:
             raise ValueError("quantization_config lacks kv_cache_scheme; convert the model again")
         self.version = version

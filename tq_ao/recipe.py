@@ -21,7 +21,9 @@ class Text:
 
     def __post_init__(self) -> None:
         if self.windows < 1 or self.length < 256:
-            raise ValueError(f"expected windows >= 1 and length >= 256, got {self.windows} and {self.length}; shorter text never leaves the window")
+            raise ValueError(
+                f"expected windows >= 1 and length >= 256, got {self.windows} and {self.length}; shorter text never leaves the window"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ class Recipe:
         if self.maps not in ("auto", "plain"):
             raise ValueError(f"expected maps auto or plain, got {self.maps!r}")
         if not 1 <= self.bits <= 8:
-            raise ValueError(f"expected bits between 1 and 8, got {self.bits}; widths are {BITS} and a schedule averages them")
+            raise ValueError(
+                f"expected bits between 1 and 8, got {self.bits}; widths are {BITS} and a schedule averages them"
+            )
         if self.schedule == "uniform":
             self.uniform()
         self.config({})
@@ -72,7 +76,9 @@ class Recipe:
             for v in BITS:
                 if k + v == 2 * self.bits and 0 <= k - v <= 1:
                     return LayerScheme(k, v)
-        raise ValueError(f"expected uniform bits 1, 1.5, 2, 2.5, 3, 3.5, 4 or 8, got {self.bits}; use schedule auto for other averages")
+        raise ValueError(
+            f"expected uniform bits 1, 1.5, 2, 2.5, 3, 3.5, 4 or 8, got {self.bits}; use schedule auto for other averages"
+        )
 
     def uniform_below(self) -> LayerScheme:
         """The widest uniform schedule that costs no more than `bits`: what a schedule has to beat."""

@@ -17,12 +17,14 @@ What can be asserted bitwise: pack/unpack; codes and scales given the same float
 by different kernels differ in the last ulp, so a few codes in 10^4 land on the other side of a threshold.
 """
 
+import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 
 from tq_ao.codebook import Role, codebook
-from tq_ao.packing import TILE, from_fragments, pack, tile_bytes, unpack_fragments
+from tq_ao.packing import TILE, from_fragments, pack, selector_bytes, tile_bytes, unpack_fragments
 
 
 def bits_of(codes: torch.Tensor, head_dim: int) -> int:
@@ -82,11 +84,43 @@ def encode(
     return pack(codes, bits, role), scales.unflatten(2, (-1, TILE))
 
 
-def decode(codes: torch.Tensor, scales: torch.Tensor, head_dim: int, role: Role, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Mapped-space vectors of packed tiles: [..., T, bytes], [..., T, 32] -> dtype [..., T*32, D]."""
+@lru_cache
+def _level_pairs(bits: int, role: Role) -> torch.Tensor:
+    """float64 [256] whose bits are two float32: the levels of a selector byte's low and high nibble."""
+    levels = torch.zeros(16)
+    levels[: 1 << bits] = codebook(bits, role).tensor()
+    low, high = levels.repeat(16), levels.repeat_interleave(16)
+    return torch.stack([low, high], -1).contiguous().view(torch.float64).flatten()
+
+
+def levels_of(codes: torch.Tensor, head_dim: int, role: Role) -> torch.Tensor:
+    """Unscaled levels of packed tiles: uint8 [..., T, bytes] -> float32 [..., T*32, D] (values: a transposed view).
+
+    On CPU this is most of a decode step, so two codes cost one look-up, and what is put in order is selector
+    bytes: a key's byte holds two neighbouring dims of a token, a value's two neighbouring tokens of a dim.
+    """
     bits = bits_of(codes, head_dim)
-    levels = codebook(bits, role).tensor(codes.device).to(dtype)[unpack_fragments(codes, bits, head_dim)]
-    return (from_fragments(levels, role) * scales.to(dtype).unsqueeze(-1)).flatten(-3, -2)
+    if bits == 8:
+        levels = codebook(8, role).tensor(codes.device)[unpack_fragments(codes, 8, head_dim).int()]
+        return from_fragments(levels, role).flatten(-3, -2)
+    *lead, tiles, _ = codes.shape
+    x = selector_bytes(codes, bits, head_dim)
+    if role == "key":  # T (g t) (i j pair) -> T (i g) (j t pair)
+        x = x.view(math.prod(lead), tiles, 8, 4, 4, head_dim // 16, 2).permute(0, 1, 4, 2, 5, 3, 6)
+    else:  # T (g t) (m j0 b1) -> (m g) T (j0 b1 t)
+        x = x.view(math.prod(lead), tiles, 8, 4, head_dim // 8, 2, 2).permute(0, 4, 2, 1, 5, 6, 3)
+    pairs = _level_pairs(bits, role).to(codes.device)
+    levels = pairs.index_select(0, x.reshape(-1).int()).view(torch.float32)
+    if role == "key":
+        return levels.view(*lead, tiles * TILE, head_dim)
+    return levels.view(*lead, head_dim, tiles * TILE).mT
+
+
+def decode(
+    codes: torch.Tensor, scales: torch.Tensor, head_dim: int, role: Role, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Mapped-space vectors of packed tiles: [..., T, bytes], [..., T, 32] -> dtype [..., T*32, D]."""
+    return levels_of(codes, head_dim, role).to(dtype) * scales.to(dtype).flatten(-2).unsqueeze(-1)
 
 
 def packed_tokens(n: int, sinks: int, window: int, capacity: int) -> int:
@@ -177,10 +211,10 @@ def attention(
         packed = packed_tokens(n, sinks, window, capacity)
         tiles = -(-packed // TILE)
         x = q[rows].to(dtype).unflatten(1, (heads, -1)).flatten(2, 3)  # [b, H, G * q_len, D]
-        if packed:
-            k = decode(k_codes[rows, :, :tiles], k_scales[rows, :, :tiles], dim, "key", dtype)[:, :, :packed]
-            rotated = x @ query_map.to(dtype)
-            scores = [rotated @ k.mT + x @ key_shift.to(dtype)[:, :, None]]
+        if packed:  # scales multiply scores and weights, one number per token, not the D values of its vector
+            k = levels_of(k_codes[rows, :, :tiles], dim, "key")[:, :, :packed].to(dtype)
+            k_scale = k_scales[rows, :, :tiles].flatten(2)[:, :, None, :packed].to(dtype)
+            scores = [((x @ query_map.to(dtype)) @ k.mT) * k_scale + x @ key_shift.to(dtype)[:, :, None]]
         else:
             scores = [x.new_zeros(*x.shape[:3], 0)]
         ring = torch.arange(packed, max(packed, n - sinks), device=q.device) % max(1, capacity)
@@ -208,9 +242,10 @@ def attention(
         p = p.flatten(2, 3)  # [b, H, G * q_len, keys]
         o = p[..., packed:] @ torch.cat([t.to(dtype) for t in exact_v], 2)
         if packed:
-            v = decode(v_codes[rows, :, :tiles], v_scales[rows, :, :tiles], dim, "value", dtype)[:, :, :packed]
+            v = levels_of(v_codes[rows, :, :tiles], dim, "value")[:, :, :packed].to(dtype)
+            weight = p[..., :packed] * v_scales[rows, :, :tiles].flatten(2)[:, :, None, :packed].to(dtype)
             mass = p[..., :packed].sum(-1, keepdim=True)
-            o = o + (p[..., :packed] @ v) @ output_map.to(dtype) + mass * value_shift.to(dtype)[:, None]
+            o = o + (weight @ v) @ output_map.to(dtype) + mass * value_shift.to(dtype)[:, None]
         o = o.unflatten(2, (-1, q_len)).flatten(1, 2)
         o[:, :, :skip] = 0  # padding queries saw no key
         out[rows] = o.to(q.dtype)

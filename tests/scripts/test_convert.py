@@ -26,7 +26,18 @@ spec = importlib.util.spec_from_file_location("convert_script", ROOT / "scripts"
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 
-FAST = ["--max-seq-length", "256", "--calibration-windows", "3", "--verification-windows", "2", "--window", "32", "--bits", "3"]
+FAST = [
+    "--max-seq-length",
+    "256",
+    "--calibration-windows",
+    "3",
+    "--verification-windows",
+    "2",
+    "--window",
+    "32",
+    "--bits",
+    "3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +57,27 @@ def text(tmp_path):
     words = "sea land river stone house tree light wind rain road bread salt king queen ship star".split()
     pick = torch.randint(len(words), (5, 900), generator=generator).tolist()
     path = tmp_path / "text.txt"
-    path.write_text("\n\n\n".join(f"= Part {i} =\n\n" + " ".join(words[j] for j in row) + "." for i, row in enumerate(pick)))
+    path.write_text(
+        "\n\n\n".join(f"= Part {i} =\n\n" + " ".join(words[j] for j in row) + "." for i, row in enumerate(pick))
+    )
     return path
 
 
 def run(base, text, tmp_path, *flags):
     out = tmp_path / "out"
-    code = script.main([str(base), "--calibration", str(text), "--output-dir", str(out), "--json", str(tmp_path / "r.json"), *FAST, *flags])
+    code = script.main(
+        [
+            str(base),
+            "--calibration",
+            str(text),
+            "--output-dir",
+            str(out),
+            "--json",
+            str(tmp_path / "r.json"),
+            *FAST,
+            *flags,
+        ]
+    )
     return code, out
 
 
@@ -78,7 +103,9 @@ def test_converted_folder_is_a_checkpoint_that_packs_its_cache(schedule, base, t
     assert "base_model_relation: quantized" in (out / "README.md").read_text() or report["base_model"] is None
     ours, theirs = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    cache = model.generate(torch.arange(200)[None], attention_mask=torch.ones(1, 200), max_new_tokens=4, return_dict_in_generate=True).past_key_values
+    cache = model.generate(
+        torch.arange(200)[None], attention_mask=torch.ones(1, 200), max_new_tokens=4, return_dict_in_generate=True
+    ).past_key_values
     assert isinstance(cache, tq_ao.TurboQuantCache) and cache.packed_layers()[0].k_codes.any()
     assert (out / TRANSFORMS_FILE).exists() == report["calibrated_maps"]
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
@@ -128,7 +155,11 @@ def test_mistakes_get_one_line_and_leave_nothing(flags, message, base, text, tmp
 def test_bad_models_get_one_line(tmp_path, capsys):
     DeepseekV3Config(num_hidden_layers=2, hidden_size=64).save_pretrained(tmp_path / "latent")
     before = sorted(tmp_path.iterdir())
-    for name, message in (("smollm2-134m", "smollm2-135m"), (str(tmp_path / "latent"), "latent attention"), ("gemma-2b", "HF_HUB_OFFLINE")):
+    for name, message in (
+        ("smollm2-134m", "smollm2-135m"),
+        (str(tmp_path / "latent"), "latent attention"),
+        ("gemma-2b", "HF_HUB_OFFLINE"),
+    ):
         assert script.main([name, "--output-dir", str(tmp_path / "out")]) == 1
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and message in errors[0], errors
@@ -145,7 +176,16 @@ def test_an_existing_output_is_not_overwritten(base, text, tmp_path, capsys):
 
 def test_an_interrupted_run_leaves_nothing_that_loads(base, text, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "scripts" / "convert.py"), str(base), "--calibration", str(text), "--output-dir", str(out), *FAST]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "convert.py"),
+        str(base),
+        "--calibration",
+        str(text),
+        "--output-dir",
+        str(out),
+        *FAST,
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     for line in process.stderr:
         if line.startswith("loading"):

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
 
-from tq_ao import reference
+from tq_ao import ops, reference
 from tq_ao.codebook import BITS, ROLES, Role, codebook, gaussian_mse
 from tq_ao.packing import TILE
 from tq_ao.rotation import LayerMaps, rotation_maps
@@ -373,3 +373,10 @@ def test_every_tile_of_a_partial_tensor_is_whole(rng: torch.Generator) -> None:
     assert t.codes.shape[2] == t.scales.shape[2] == 2
     assert t.scales.shape[3] == TILE
     assert not t.scales[0, 0, 1, 1:].any()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_decode_op(rng: torch.Generator, role: Role) -> None:
+    t = TurboQuantTensor.from_hp(randn(rng, 2, 2, 70, 64), 3, role)
+    torch.library.opcheck(ops.decode, (t.codes, t.scales, 64, role))
+    assert ops.decode(t.codes, t.scales, 64, role).is_contiguous()

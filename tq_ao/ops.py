@@ -70,6 +70,10 @@ def _encode_fake(x, map, shift, bits, role, *, impl="auto"):
     return codes, x.new_empty(*x.shape[:2], tiles, TILE, dtype=torch.float16)
 
 
+def _dense(codes, scales, head_dim, role):
+    return reference.decode(codes, scales, head_dim, role).contiguous()
+
+
 def _dense_fake(codes, scales, head_dim, role):
     return scales.new_empty(*scales.shape[:-2], scales.shape[-2] * TILE, head_dim, dtype=torch.float32)
 
@@ -127,7 +131,7 @@ def _extend_fake(q, k_new, v_new, *args, softcap=0.0, sink_logits=None, impl="au
 
 
 # Unpacking for inspection, on any device: plain torch, but opaque to torch.compile like the ops around it.
-_lib.impl("decode", reference.decode, "CompositeExplicitAutograd")
+_lib.impl("decode", _dense, "CompositeExplicitAutograd")
 torch.library.register_fake("tq_ao::decode", _dense_fake, lib=_lib)
 
 for _name, _cpu, _cuda, _fake in (

@@ -2,11 +2,10 @@
 
     y = (x - shift) @ map        codes = nearest levels of y / sigma        scale = <y, c> / <c, c>
 
-The product runs on tensor cores with every operand split in two bf16 parts (high + remainder, about 17 bits):
-x_hi map_hi, + x_hi map_lo, + x_lo map_hi.  A term whose operand is all zero is skipped at run time: maps are divided
-by their largest entry first, which makes a randomised Hadamard matrix +-1 and its remainder vanish, and a bf16 x
-without a shift has no remainder.  Under the Triton interpreter, whose bf16 product is wrong, the same parts
-are multiplied as float32.
+The product runs on tensor cores in two bf16 parts (high + remainder, 17 bits): map = m_hi + m_lo, and x = x_hi + x_lo
+unless x is bf16 already; x_lo m_lo is left out.  Maps are divided by their largest entry first, which makes a
+randomised Hadamard matrix +-1, and a remainder that is all zero is skipped at run time.  Under the Triton
+interpreter, whose bf16 product is wrong, the same parts are multiplied as float32.
 
 What is written where is decided on the device from `length` and `start`, so a captured CUDA graph replays correctly.
 """
@@ -60,8 +59,8 @@ def _store_codes(codes, words, tile_stride, tile_ok, D: tl.constexpr, BITS: tl.c
     TILES: tl.constexpr = codes.shape[0] // 32
     R: tl.constexpr = codes.shape[1] // 32
     G: tl.constexpr = D // 32
-    PER: tl.constexpr = 4 if BITS == 8 else 8  # consecutive codes first summed into one word
-    PARTS: tl.constexpr = 32 // PER  # such words in a group of 32 codes
+    PER: tl.constexpr = 8 if KEY and BITS < 8 else 4  # consecutive codes first summed into one word
+    PARTS: tl.constexpr = 4 if BITS < 8 else 8  # words of up to eight codes in a group of 32
     if KEY:  # tile i g j t byte -> tile g t (i j) byte, two j to a word below 8 bits
         if BITS == 8:
             c = tl.permute(tl.reshape(codes, [TILES, 4, 8, 2 * R, 4, 4]), (0, 2, 4, 1, 3, 5))
@@ -70,8 +69,13 @@ def _store_codes(codes, words, tile_stride, tile_ok, D: tl.constexpr, BITS: tl.c
             c = tl.permute(c, (0, 2, 5, 1, 3, 4, 6))
     else:  # tile j0 b1 t b0 group s g -> tile g t group s j0 b1 b0
         c = tl.permute(tl.reshape(codes, [TILES, 2, 2, 4, 2, R, 4, 8]), (0, 7, 3, 5, 6, 1, 2, 4))
-    c = tl.reshape(c, [TILES, 32, R * PARTS, PER])
-    part = tl.sum(c << ((32 // PER) * tl.arange(0, PER))[None, None, None, :], axis=3)
+    # Shifts written as products with exact powers of two, so that shift and sum become one multiply-add.
+    WIDTH: tl.constexpr = 8 if BITS == 8 else 4
+    factor = ((127 + WIDTH * tl.arange(0, PER)) << 23).to(tl.float32, bitcast=True).to(tl.int32)
+    part = tl.sum(tl.reshape(c, [TILES, 32, R * 32 // PER, PER]) * factor[None, None, None, :], axis=3)
+    if not KEY and BITS < 8:
+        low, high = tl.split(tl.reshape(part, [TILES, 32, R * PARTS, 2]))  # j0
+        part = low | (high << 16)
     if KEY and R != G:  # close the gaps that padding left behind each i
         p = tl.arange(0, R * PARTS)
         source = tl.minimum(p // (G * PARTS // 4) * (R * PARTS // 4) + p % (G * PARTS // 4), R * PARTS - 1)
@@ -148,25 +152,18 @@ def _largest(x):
 
 @triton.jit
 def _load_rows(
-    x, ring, shift, token, fresh, slot, kept, first, x_sn, x_sd, r_sn, r_sd,
+    x, ring, token, fresh, slot, kept, first, x_sn, x_sd, r_sn, r_sd,
     D: tl.constexpr, K: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    """Dims first .. first + K - 1 of the rows minus shift, float32 [N, K]; zero where neither fresh nor kept.
-
-    Row i is token[i] of x where fresh, ring slot slot[i] where kept.
-    """
+    """Dims first .. first + K - 1 of rows [N, K]: token[i] of x where fresh, ring slot slot[i] where kept, else 0."""
     dims = first + tl.arange(0, K)
     inside = (dims < D)[None, :]
-    at = x + token[:, None] * x_sn + dims[None, :] * x_sd
-    rows = tl.load(at, mask=fresh[:, None] & inside, other=0.0).to(tl.float32)
-    real = fresh
+    rows = tl.load(x + token[:, None] * x_sn + dims[None, :] * x_sd, mask=fresh[:, None] & inside, other=0.0)
     if RING:
-        real = fresh | kept
         if tl.max(kept.to(tl.int32), axis=0) > 0:
             old = ring + slot[:, None] * r_sn + dims[None, :] * r_sd
-            rows += tl.load(old, mask=kept[:, None] & inside, other=0.0).to(tl.float32)
-    offset = tl.load(shift + dims, mask=dims < D, other=0.0)
-    return tl.where(real[:, None], rows - offset[None, :], 0.0)
+            rows += tl.load(old, mask=kept[:, None] & inside, other=0.0)
+    return rows
 
 
 @triton.jit
@@ -177,8 +174,10 @@ def _mapped(
     """y [N, DP] = (rows - shift) @ map, the map streamed KC rows at a time."""
     y = tl.zeros([token.shape[0], DP], tl.float32)
     for first in range(0, DP, KC):
-        rows = _load_rows(x, ring, shift, token, fresh, slot, kept, first, x_sn, x_sd, r_sn, r_sd, D, KC, RING)
-        x_high, x_low = _split(rows, OPERAND)
+        rows = _load_rows(x, ring, token, fresh, slot, kept, first, x_sn, x_sd, r_sn, r_sd, D, KC, RING)
+        offset = tl.load(shift + first + tl.arange(0, KC), mask=first + tl.arange(0, KC) < D, other=0.0)
+        delta = tl.where((fresh | kept)[:, None], rows.to(tl.float32) - offset[None, :], 0.0)
+        x_high, x_low = _split(delta, OPERAND)
         m_high, m_low = _split_map(_load_map(map, first, D, DP, KC), 1.0, 1.0, OPERAND)
         y = tl.dot(x_low, m_high, y, input_precision="ieee")
         y = tl.dot(x_high, m_low, y, input_precision="ieee")
@@ -213,7 +212,7 @@ def encode_kernel(
     append, and the tiles are those that leave the window with it; tokens older than x are in the ring.
 
     Grid: (B * H, chunks); a program encodes up to `blocks` blocks of TILES tiles.  Up to D = 128 its map
-    stays in shared memory (WHOLE); larger maps are streamed for every block.
+    stays in shared memory (WHOLE); at D = 256 the high part does (HALVES: two of 128 rows); others are streamed.
     """
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
@@ -231,21 +230,40 @@ def encode_kernel(
         tile0 = 0
         count = (n + 31) // 32
     WHOLE: tl.constexpr = DP <= 128
+    HALVES: tl.constexpr = DP == 256 and x.dtype.element_ty == tl.bfloat16
     first = tl.program_id(1) * blocks
     last = tl.minimum(first + blocks, (count + TILES - 1) // TILES)
     if first < last:
         row = tl.arange(0, TILES * 32)
-        unit = 1.0
-        if WHOLE:
-            m = _load_map(map, 0, D, DP, DP)
-            unit = _largest(m)
-            inverse = tl.where(unit > 0, 1.0 / unit, 0.0)
-            m_high, m_low = _split_map(m, unit, inverse, OPERAND)
-            map_has_low = _largest(m_low) > 0
+        unit = 0.0 if HALVES else 1.0
+        if WHOLE or HALVES:
             dims = tl.arange(0, DP)
-            x_has_low = tl.max(tl.abs(tl.load(shift + dims, mask=dims < D, other=0.0)), axis=0) > 0
-            if x.dtype.element_ty != tl.bfloat16:
-                x_has_low = True
+            # (x - shift) @ map = x @ map - shift @ map; with the same two parts of the map in both, what they
+            # leave out multiplies x - shift only.
+            has_shift = tl.max(tl.abs(tl.load(shift + dims, mask=dims < D, other=0.0)), axis=0) > 0
+            if WHOLE:
+                m = _load_map(map, 0, D, DP, DP)
+                unit = _largest(m)
+                inverse = tl.where(unit > 0, 1.0 / unit, 0.0)
+                m_high, m_low = _split_map(m, unit, inverse, OPERAND)
+                map_has_low = _largest(m_low) > 0
+            else:
+                for k in range(0, DP, KC):
+                    unit = tl.maximum(unit, _largest(_load_map(map, k, D, DP, KC)))
+                inverse = tl.where(unit > 0, 1.0 / unit, 0.0)
+                remainder = 0.0
+                for k in range(0, DP, KC):
+                    _chunk, chunk_low = _split_map(_load_map(map, k, D, DP, KC), unit, inverse, OPERAND)
+                    remainder = tl.maximum(remainder, _largest(chunk_low))
+                map_has_low = remainder > 0
+                m_high, _low = _split_map(_load_map(map, 0, D, DP, 128), unit, inverse, OPERAND)
+                m2_high, _low2 = _split_map(_load_map(map, 128, D, DP, 128), unit, inverse, OPERAND)
+            shifted = tl.zeros([DP], tl.float32)
+            if has_shift:
+                for k in range(0, DP, KC):
+                    high, low = _split_map(_load_map(map, k, D, DP, KC), unit, inverse, OPERAND)
+                    part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
+                    shifted += tl.sum(part[:, None] * (high.to(tl.float32) + low.to(tl.float32)), axis=0)
         for block in range(first, last):
             tile = block * TILES
             row_ok = tile + row // 32 < count
@@ -261,17 +279,33 @@ def encode_kernel(
                 kept = fresh
                 slot = token
             if WHOLE:
-                rows = _load_rows(x, ring, shift, token, fresh, slot, kept, 0, x_sn, x_sd, r_sn, r_sd, D, DP, RING)
-                x_high, x_low = _split(rows, OPERAND)
+                rows = _load_rows(x, ring, token, fresh, slot, kept, 0, x_sn, x_sd, r_sn, r_sd, D, DP, RING)
+                if x.dtype.element_ty == tl.bfloat16:
+                    x_high = rows.to(OPERAND)
+                else:
+                    x_high, x_low = _split(rows.to(tl.float32), OPERAND)
                 y = tl.dot(x_high, m_high, input_precision="ieee")
+                if x.dtype.element_ty != tl.bfloat16:
+                    y = tl.dot(x_low, m_high, y, input_precision="ieee")
                 if map_has_low:
                     y = tl.dot(x_high, m_low, y, input_precision="ieee")
-                if x_has_low:
-                    y = tl.dot(x_low, m_high, y, input_precision="ieee")
+            elif HALVES:
+                rows = _load_rows(x, ring, token, fresh, slot, kept, 0, x_sn, x_sd, r_sn, r_sd, D, 128, RING)
+                y = tl.dot(rows.to(OPERAND), m_high, input_precision="ieee")
+                rows = _load_rows(x, ring, token, fresh, slot, kept, 128, x_sn, x_sd, r_sn, r_sd, D, 128, RING)
+                y = tl.dot(rows.to(OPERAND), m2_high, y, input_precision="ieee")
+                if map_has_low:
+                    for k in range(0, DP, KC):
+                        chunk = _load_rows(x, ring, token, fresh, slot, kept, k, x_sn, x_sd, r_sn, r_sd, D, KC, RING)
+                        _high, rest = _split_map(_load_map(map, k, D, DP, KC), unit, inverse, OPERAND)
+                        y = tl.dot(chunk.to(OPERAND), rest, y, input_precision="ieee")
             else:
                 y = _mapped(
                     x, ring, token, fresh, slot, kept, x_sn, x_sd, r_sn, r_sd, map, shift, D, DP, KC, RING, OPERAND
                 )
+            if WHOLE or HALVES:
+                if has_shift:
+                    y = tl.where((fresh | kept)[:, None], y - shifted[None, :], 0.0)
             at = (tile0 + tile).to(tl.int64)
             tile_ok = tile + tl.arange(0, TILES) < count
             _store_tiles(
@@ -438,7 +472,7 @@ def _encode_many(x, ring, codes, scales, map, shift, length, start, tiles, sinks
     options = launch_options(dim, _wide(x.device), ring is not None)
     blocks = triton.cdiv(tiles, options["TILES"])
     cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    per_program = max(1, triton.cdiv(blocks * batch * heads, 2 * cores))
+    per_program = max(1, triton.cdiv(blocks * batch * heads, (2 if dim <= 128 else 1) * cores))
     edges, levels = quantizer_constants(book)
     encode_kernel[(batch * heads, triton.cdiv(blocks, per_program))](
         x, ring, words, scales, map, shift, length, start,
@@ -482,7 +516,7 @@ def append_(
     Tiles beyond the capacity of `k_codes` are dropped.
 
     Raises:
-        ValueError: the ring is shorter than window + 64, or strides that a kernel cannot follow.
+        ValueError: a ring shorter than window + 64, tokens of another dtype, or strides that a kernel cannot follow.
     """
     batch, heads, q, dim = k.shape
     capacity, sinks = k_recent.shape[2], k_sinks.shape[2]
@@ -490,6 +524,10 @@ def append_(
         raise ValueError(f"expected a ring of at least window + 64 = {window + 64} slots, got {capacity}; enlarge it")
     if k_sinks.stride() != v_sinks.stride() or k_recent.stride() != v_recent.stride():
         raise ValueError("expected sinks (and rings) of keys and values to have equal strides; allocate them alike")
+    if k.dtype != k_recent.dtype or v.dtype != v_recent.dtype:
+        raise ValueError(
+            f"expected new tokens of the ring's dtype {k_recent.dtype}, got {k.dtype} and {v.dtype}; convert them first"
+        )
     maps = [m.contiguous() for m in (key_map, key_shift, value_map, value_shift)]
     padded = _padded(dim)
     if q <= STEP_TOKENS:

@@ -112,7 +112,10 @@ def _unpack(
     words, tile_stride, tile, ok, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr,
     LEVELS: tl.constexpr, ASM: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Grid values of whole tiles, OPERAND [TILES * 32 tokens, DP], from layout v1; tile int64 [TILES]."""
+    """Grid values of whole tiles from layout v1; tile int64 [TILES].
+
+    Keys: OPERAND [TILES * 32 tokens, DP].  Values: OPERAND [DP, TILES * 32 tokens], the order their words hold.
+    """
     TILES: tl.constexpr = tile.shape[0]
     R: tl.constexpr = DP // 32
     G: tl.constexpr = D // 32
@@ -176,9 +179,11 @@ def _unpack(
         x = _levels8(nibbles, BITS, LEVELS, ASM, OPERAND)
     if KEY:  # tile g t i j byte -> tile i g, j t byte
         x = tl.permute(tl.reshape(x, [TILES, 8, 4, 4, 2 * R, 4]), (0, 3, 1, 4, 2, 5))
-    else:  # tile g t group s j0 b1 b0 -> tile j0 b1 t b0, group s g
-        x = tl.permute(tl.reshape(x, [TILES, 8, 4, R, 4, 2, 2, 2]), (0, 5, 6, 2, 7, 3, 4, 1))
-    return tl.reshape(x, [TILES * 32, DP])
+        x = tl.reshape(x, [TILES * 32, DP])
+    else:  # tile g t group s j0 b1 b0 -> group s g, tile j0 b1 t b0
+        x = tl.permute(tl.reshape(x, [TILES, 8, 4, R, 4, 2, 2, 2]), (3, 4, 1, 0, 5, 6, 2, 7))
+        x = tl.reshape(x, [DP, TILES * 32])
+    return x
 
 
 @triton.jit
@@ -209,6 +214,36 @@ def _store_partial(out, lse, at, ok, m, z, acc, D: tl.constexpr, DP: tl.constexp
     o = acc * tl.where(z > 0, 1.0 / z, 0.0)[:, None]
     tl.store(out + at[:, None] * D + dims[None, :], o, mask=ok[:, None] & (dims < D)[None, :])
     tl.store(lse + at, tl.where(z > 0, m + tl.log2(z), float("-inf")), mask=ok)
+
+
+@triton.jit
+def _packed_block(
+    q, row_factor, row_bias, first, end, k_words, k_scales, v_words, v_scales, kw_st, ks_st, vw_st, vs_st,
+    softcap, m, z, acc,
+    D: tl.constexpr, DP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    K_LEVELS: tl.constexpr, V_LEVELS: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr,
+    CAP: tl.constexpr, TILES: tl.constexpr, V_OPERAND: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """TILES tiles from token `first` on; MASKED: those at `end` and later are hidden."""
+    tile = first // 32 + tl.arange(0, TILES).to(tl.int64)
+    tile_ok = tile * 32 < end
+    live = first + tl.arange(0, TILES * 32) < end
+    # Both scales in one load: the compiler repeats a load of fewer elements than threads in every thread's layout.
+    index = tl.arange(0, TILES * 64)
+    token = first + (index % (TILES * 32)).to(tl.int64)
+    k_at = k_scales + token // 32 * ks_st + token % 32
+    at = tl.where(index < TILES * 32, k_at, v_scales + token // 32 * vs_st + token % 32)
+    both = tl.load(at, mask=token < end, other=0.0).to(tl.float32)
+    k_scale, v_scale = tl.split(tl.trans(tl.reshape(both, [2, TILES * 32])))
+    k = _unpack(k_words, kw_st, tile, tile_ok, D, DP, K_BITS, True, K_LEVELS, K_ASM, q.dtype)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * row_factor[:, None] * k_scale[None, :]
+    s += row_bias[:, None]
+    if CAP:
+        s = _cap(s, softcap, CAP)
+    if MASKED:
+        s = tl.where(live[None, :], s, float("-inf"))
+    v = _unpack(v_words, vw_st, tile, tile_ok, D, DP, V_BITS, False, V_LEVELS, V_ASM, V_OPERAND)
+    return _accumulate(s, tl.trans(v), v_scale, m, z, acc, PRECISION)
 
 
 @triton.jit(do_not_specialize=["q_len"])
@@ -250,22 +285,19 @@ def packed_kernel(
     m = tl.full([M], float("-inf"), tl.float32)
     z = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DP], tl.float32)
-    slot = tl.arange(0, TILES * 32)
-    for first in range(begin, end, TILES * 32):
-        tile = first // 32 + tl.arange(0, TILES).to(tl.int64)
-        tile_ok = tile * 32 < end
-        live = first + slot < end
-        token = (first + slot).to(tl.int64)
-        k_scale = tl.load(k_scales + token // 32 * ks_st + token % 32, mask=live, other=0.0).to(tl.float32)
-        v_scale = tl.load(v_scales + token // 32 * vs_st + token % 32, mask=live, other=0.0).to(tl.float32)
-        k = _unpack(k_words, kw_st, tile, tile_ok, D, DP, K_BITS, True, K_LEVELS, K_ASM, q.dtype)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * row_factor[:, None] * k_scale[None, :]
-        s += row_bias[:, None]
-        if CAP:
-            s = _cap(s, softcap, CAP)
-        s = tl.where(live[None, :], s, float("-inf"))
-        v = _unpack(v_words, vw_st, tile, tile_ok, D, DP, V_BITS, False, V_LEVELS, V_ASM, V_OPERAND)
-        m, z, acc = _accumulate(s, v, v_scale, m, z, acc, PRECISION)
+    full = begin + tl.maximum(end - begin, 0) // (TILES * 32) * (TILES * 32)
+    for first in range(begin, full, TILES * 32):
+        m, z, acc = _packed_block(
+            q, row_factor, row_bias, first, end, k_words, k_scales, v_words, v_scales, kw_st, ks_st, vw_st, vs_st,
+            softcap, m, z, acc,
+            D, DP, K_BITS, V_BITS, K_LEVELS, V_LEVELS, K_ASM, V_ASM, CAP, TILES, V_OPERAND, PRECISION, False,
+        )  # fmt: skip
+    if full < end:
+        m, z, acc = _packed_block(
+            q, row_factor, row_bias, full, end, k_words, k_scales, v_words, v_scales, kw_st, ks_st, vw_st, vs_st,
+            softcap, m, z, acc,
+            D, DP, K_BITS, V_BITS, K_LEVELS, V_LEVELS, K_ASM, V_ASM, CAP, TILES, V_OPERAND, PRECISION, True,
+        )  # fmt: skip
     at += tl.program_id(2).to(tl.int64) * tl.num_programs(1) * group * q_len
     _store_partial(out, lse, at, ok, m, z, acc * v_factor, D, DP)
 
@@ -469,15 +501,15 @@ def launch_options(dim: int, rows: int, dtype: torch.dtype, wide: bool) -> dict[
     padded = _padded(dim)
     m = min(128, max(16, triton.next_power_of_2(rows)))
     if dtype == torch.float32:
-        m = min(m, 32)
-        warps, n, stages = 4, 32, 1
-    else:
-        if padded > 128 or not wide:
-            m = min(m, 64)
-        warps, n, stages = (8 if m == 128 else 4), (64 if padded <= 128 else 32), 2
+        block = {"M": min(m, 32), "num_warps": 4, "num_stages": 1}
+        return {"packed": {**block, "TILES": 1}, "exact": {**block, "N": 32}}
+    if padded > 128 or not wide:
+        m = min(m, 64)
+    tiles = 4 if padded <= 128 and wide else 2
+    n = 64 if padded <= 128 else 32
     return {
-        "packed": {"M": m, "TILES": n // 32, "num_warps": warps, "num_stages": stages},
-        "exact": {"M": m, "N": n, "num_warps": warps, "num_stages": stages},
+        "packed": {"M": m, "TILES": tiles, "num_warps": 8 if m == 128 else 4, "num_stages": 2},
+        "exact": {"M": m, "N": n, "num_warps": 8 if m == 128 else 4, "num_stages": 3 if padded <= 128 else 2},
     }
 
 

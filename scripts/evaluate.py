@@ -1,4 +1,4 @@
-"""Quality experiments: `evaluate.py pareto` (bits against KL) and `evaluate.py sensitivity` (which metric ranks layers)."""
+"""Quality experiments: `pareto` (bits against KL) and `sensitivity` (which metric ranks layers)."""
 
 import argparse
 import json
@@ -31,7 +31,9 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--all-layers", action="store_true", help="quantise sliding-window layers too")
         p.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/<command>_<model>.json")
         p.add_argument("--quiet", action="store_true", help="no progress bars")
-    commands.choices["pareto"].add_argument("--budgets", type=float, nargs="+", default=[1.75, 2.0, 2.25, 2.5, 3.0, 3.5])
+    commands.choices["pareto"].add_argument(
+        "--budgets", type=float, nargs="+", default=[1.75, 2.0, 2.25, 2.5, 3.0, 3.5]
+    )
     commands.choices["pareto"].add_argument("--repair", type=int, default=0, help="measured swaps per budget")
     commands.choices["sensitivity"].add_argument("--bits", type=int, nargs="+", default=[2, 3])
     return top
@@ -53,7 +55,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             budgets=args.budgets, window=args.window, sinks=args.sinks, repair_evaluations=args.repair, seed=args.seed
         )
         return pareto(setup, options, progress=progress, report=lambda line: print(line, flush=True))
-    return rank_metrics(setup, args.bits, args.window, args.sinks, args.seed, progress, lambda line: print(line, flush=True))
+    return rank_metrics(
+        setup, args.bits, args.window, args.sinks, args.seed, progress, lambda line: print(line, flush=True)
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

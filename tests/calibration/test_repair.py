@@ -19,7 +19,10 @@ def setup_costs(rng, layers=6):
 
 def measure(truth, schedule):
     """Not additive: K and V errors of a layer multiply."""
-    return sum(truth[i, "key", k] + truth[i, "value", v] + 3 * truth[i, "key", k] * truth[i, "value", v] for i, (k, v) in schedule.items())
+    return sum(
+        truth[i, "key", k] + truth[i, "value", v] + 3 * truth[i, "key", k] * truth[i, "value", v]
+        for i, (k, v) in schedule.items()
+    )
 
 
 def test_repair_improves_a_wrong_model(rng):

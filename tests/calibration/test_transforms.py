@@ -40,7 +40,9 @@ def test_balance_attains_the_least_expected_error(rng):
 def test_regulariser_is_relative_to_the_mean_eigenvalue(rng):
     s = random_moments(rng)
     torch.testing.assert_close(regularized(s, 0.01), regularized(1e6 * s, 0.01))
-    torch.testing.assert_close(regularized(s, 0.01).diagonal(dim1=-2, dim2=-1).mean(-1), torch.full((2,), 1.01, dtype=torch.float64))
+    torch.testing.assert_close(
+        regularized(s, 0.01).diagonal(dim1=-2, dim2=-1).mean(-1), torch.full((2,), 1.01, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("key_variant", KEY_VARIANTS)

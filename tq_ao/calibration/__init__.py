@@ -19,4 +19,14 @@ from tq_ao.calibration.repair import repair
 from tq_ao.calibration.sensitivity import METRICS, sensitivity
 from tq_ao.calibration.variants import choose_variants
 
-__all__ = ["METRICS", "CalibrationResult", "Shape", "calibrate", "choose_variants", "collect", "knapsack", "repair", "sensitivity"]
+__all__ = [
+    "METRICS",
+    "CalibrationResult",
+    "Shape",
+    "calibrate",
+    "choose_variants",
+    "collect",
+    "knapsack",
+    "repair",
+    "sensitivity",
+]

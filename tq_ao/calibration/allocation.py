@@ -27,7 +27,7 @@ class Shape:
     @classmethod
     def same(cls, layers: Iterable[int], kv_heads: int = 1, head_dim: int = 128) -> "Shape":
         """All layers alike."""
-        return cls({layer: (kv_heads, head_dim) for layer in layers})
+        return cls(dict.fromkeys(layers, (kv_heads, head_dim)))
 
     def values(self) -> int:
         """K and V values per token."""
@@ -45,7 +45,13 @@ class Shape:
 
 
 def knapsack(
-    costs: Costs, shape: Shape, average_bits: float, *, bits: Sequence[int] = (1, 2, 3, 4), exact: bool = False, stored: bool = False
+    costs: Costs,
+    shape: Shape,
+    average_bits: float,
+    *,
+    bits: Sequence[int] = (1, 2, 3, 4),
+    exact: bool = False,
+    stored: bool = False,
 ) -> Schedule:
     """The schedule of least additive cost whose average bits per value do not exceed a budget.
 
@@ -69,7 +75,8 @@ def knapsack(
     smallest = sum(min(s) for s in sizes.values())
     if smallest > budget:
         raise ValueError(
-            f"expected a budget of at least {smallest / shape.values():.3f} bits per value for widths {tuple(bits)}, got {average_bits}"
+            f"expected a budget of at least {smallest / shape.values():.3f} bits per value for widths {tuple(bits)}, "
+            f"got {average_bits}"
         )
     unit = gcd(*(s for row in sizes.values() for s in row))
     unit *= max(1, -(-int(budget // unit) // _MAX_CELLS))
@@ -78,7 +85,11 @@ def knapsack(
     choices: list[list[int]] = []
     for layer in layers:
         priced = [
-            (-(-size // unit), 0.0 if pair[0] == EXACT else costs[layer, "key", pair[0]] + costs[layer, "value", pair[1]], n)
+            (
+                -(-size // unit),
+                0.0 if pair[0] == EXACT else costs[layer, "key", pair[0]] + costs[layer, "value", pair[1]],
+                n,
+            )
             for n, (pair, size) in enumerate(zip(pairs, sizes[layer], strict=True))
         ]
         new, chosen = [float("inf")] * (room + 1), [-1] * (room + 1)
@@ -91,7 +102,9 @@ def knapsack(
         choices.append(chosen)
     used = min(range(room + 1), key=best.__getitem__)
     if best[used] == float("inf"):
-        raise ValueError(f"no schedule of widths {tuple(bits)} fits {average_bits} bits per value on this grid; raise the budget")
+        raise ValueError(
+            f"no schedule of widths {tuple(bits)} fits {average_bits} bits per value on this grid; raise the budget"
+        )
     schedule: Schedule = {}
     for layer, chosen in zip(reversed(layers), reversed(choices), strict=True):
         n = chosen[used]
@@ -102,14 +115,12 @@ def knapsack(
 
 def additive_cost(costs: Costs, schedule: Mapping[int, tuple[int, int]]) -> float:
     """Predicted cost of a schedule; exact layers cost nothing."""
-    return sum(
-        costs[i, "key", k] + costs[i, "value", v] for i, (k, v) in schedule.items() if k != EXACT
-    )
+    return sum(costs[i, "key", k] + costs[i, "value", v] for i, (k, v) in schedule.items() if k != EXACT)
 
 
 def uniform(shape: Shape, bits: int) -> Schedule:
     """The same width everywhere."""
-    return {i: (bits, bits) for i in sorted(shape.layers)}
+    return dict.fromkeys(sorted(shape.layers), (bits, bits))
 
 
 def first_last(shape: Shape, average_bits: float, *, protected: int = 2) -> Schedule:

@@ -9,6 +9,7 @@ import torch
 
 from tq_ao.calibration.allocation import Schedule, Shape, knapsack, uniform
 from tq_ao.calibration.capture import trace
+from tq_ao.calibration.gain import compensated
 from tq_ao.calibration.journal import Journal
 from tq_ao.calibration.repair import Repair, repair
 from tq_ao.calibration.sensitivity import Metric, Table, bar, device_of, sensitivity
@@ -26,7 +27,7 @@ class CalibrationResult:
 
     Attributes:
         schedule: layer -> (k_bits, v_bits) for every quantised layer.
-        maps: layer -> calibrated LayerMaps (CPU), or None for plain TurboQuant rotations.
+        maps: layer -> calibrated LayerMaps (CPU) for exactly these bit widths, or None for plain TurboQuant rotations.
         table: (layer, "key" | "value", bits) -> estimated KL in nats.
         variants: layer -> (key variant, value variant), empty with plain maps.
         average_bits: code bits per value of `schedule`.
@@ -91,7 +92,9 @@ def calibrate(
         ValueError: too few windows, or a budget no schedule fits.
     """
     if windows.shape[0] < 3:
-        raise ValueError(f"expected at least 3 calibration windows, got {windows.shape[0]}; give more text or shorter windows")
+        raise ValueError(
+            f"expected at least 3 calibration windows, got {windows.shape[0]}; give more text or shorter windows"
+        )
     say = report or (lambda message: None)
     log = Journal(journal, _fingerprint(model, windows, maps, metric, window, sinks, seed, widths)) if journal else None
     shape = Shape({i: tuple(m.key_shift.shape) for i, m in layers.items()})  # type: ignore[misc]
@@ -103,7 +106,14 @@ def calibrate(
         split = max(1, windows.shape[0] * 2 // 3)
         text = windows[split:]
         statistics = collect(
-            model, windows[:split], sorted(layers), window=window, sinks=sinks, seed=seed, gradient=True, progress=progress
+            model,
+            windows[:split],
+            sorted(layers),
+            window=window,
+            sinks=sinks,
+            seed=seed,
+            gradient=True,
+            progress=progress,
         )
         choices = choose_variants(
             model, text, plain, statistics, window=window, sinks=sinks, seed=seed, progress=progress, journal=log
@@ -112,10 +122,14 @@ def calibrate(
         variants = {c.layer: (c.key_variant, c.value_variant) for c in choices}
         del statistics
     table = sensitivity(
-        model, text, chosen_maps, metric, bits=widths, window=window, sinks=sinks, seed=seed, journal=log, progress=progress
-    )
+        model, text, chosen_maps, metric, bits=widths, compensate=maps == "auto", window=window, sinks=sinks, seed=seed,
+        journal=log, progress=progress,
+    )  # fmt: skip
     schedule = knapsack(table, shape, bits, bits=widths)
     say(f"additive schedule: {shape.average(schedule):.3f} bits, predicted KL {_predicted(table, schedule):.5f}")
+
+    def final(s: Schedule) -> dict[int, LayerMaps]:
+        return {i: compensated(chosen_maps[i], *pair) for i, pair in s.items()} if maps == "auto" else plain
 
     def plans(s: Schedule, m: Mapping[int, LayerMaps]) -> dict[int, LayerPlan]:
         return {i: LayerPlan(*pair, m[i]) for i, pair in s.items()}
@@ -124,22 +138,24 @@ def calibrate(
     if repair_evaluations:
         evaluate = Evaluator(model, text, window=window, sinks=sinks, stride=stride)
         fixed = repair(
-            schedule, lambda s: evaluate(plans(s, chosen_maps)).kl, table, shape, bits, evaluations=repair_evaluations, bits=widths,
+            schedule, lambda s: evaluate(plans(s, final(s))).kl, table, shape, bits,
+            evaluations=repair_evaluations, bits=widths,
             report=lambda move, value, accepted: say(f"{move}: KL {value:.5f} {'kept' if accepted else 'undone'}"),
         )  # fmt: skip
         schedule = fixed.schedule
     result = CalibrationResult(
-        schedule, {i: m.to("cpu") for i, m in chosen_maps.items()} if maps == "auto" else None, table, variants,
+        schedule, {i: m.to("cpu") for i, m in final(schedule).items()} if maps == "auto" else None, table, variants,
         shape.average(schedule), repair=fixed, choices=choices,
     )  # fmt: skip
     if verification is None:
         return result
     check = Evaluator(model, verification, window=window, sinks=sinks, stride=stride)
-    mine, base = check(plans(schedule, chosen_maps)), check(plans(uniform(shape, _width_below(bits, widths)), plain))
-    say(f"held-out KL {mine.kl:.5f} at {result.average_bits:.2f} bits, uniform {_width_below(bits, widths)} plain {base.kl:.5f}")
+    width = _width_below(bits, widths)
+    flat = uniform(shape, width)
+    mine, base = check(plans(schedule, final(schedule))), check(plans(flat, plain))
+    say(f"held-out KL {mine.kl:.5f} at {result.average_bits:.2f} bits, uniform {width} plain {base.kl:.5f}")
     if mine.kl < base.kl:
         return CalibrationResult(**{**result.__dict__, "chosen": mine, "uniform": base})
-    flat = uniform(shape, _width_below(bits, widths))
     return CalibrationResult(flat, None, table, {}, shape.average(flat), base, base, True, fixed, choices)
 
 
@@ -175,5 +191,6 @@ def _fingerprint(model: torch.nn.Module, windows: torch.Tensor, *settings: objec
     first = next(model.parameters())
     return [
         type(model).__name__, sum(p.numel() for p in model.parameters()), first.float().sum().item(),
-        list(windows.shape), int((windows * torch.arange(1, windows.numel() + 1).view_as(windows)).sum()), str(settings),
+        list(windows.shape), int((windows * torch.arange(1, windows.numel() + 1).view_as(windows)).sum()),
+        str(settings),
     ]  # fmt: skip

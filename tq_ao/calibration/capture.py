@@ -134,7 +134,12 @@ class Trace:
 
 
 def trace(
-    model: torch.nn.Module, ids: torch.Tensor, *, gradient: bool, generator: torch.Generator | None = None, skip: int = 0
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    *,
+    gradient: bool,
+    generator: torch.Generator | None = None,
+    skip: int = 0,
 ) -> dict[int, Trace]:
     """Run windows and keep every layer's q, k, v and output; optionally the gradient of a sampled log-likelihood.
 
@@ -171,7 +176,9 @@ def trace(
         p.requires_grad_(False)
     try:
         with intercept(model, handler), torch.set_grad_enabled(gradient):
-            logits = model(ids, use_cache=False, logits_to_keep=torch.arange(skip, ids.shape[1], device=ids.device)).logits
+            logits = model(
+                ids, use_cache=False, logits_to_keep=torch.arange(skip, ids.shape[1], device=ids.device)
+            ).logits
             if gradient:
                 _sampled_log_likelihood(logits, generator).backward()
     finally:

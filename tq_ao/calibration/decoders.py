@@ -48,7 +48,9 @@ def refit(
             for i, plan in plans.items():
                 t = traces.pop(i)
                 for side in sides:
-                    gram, cross = _key_normal(t, plan, window, sinks) if side == "key" else _value_normal(t, plan, window, sinks)
+                    gram, cross = (
+                        _key_normal(t, plan, window, sinks) if side == "key" else _value_normal(t, plan, window, sinks)
+                    )
                     normal[i][side][0] = normal[i][side][0] + gram
                     normal[i][side][1] = normal[i][side][1] + cross
     fitted = {}
@@ -69,7 +71,9 @@ def _solve(gram: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, ridge: 
     return torch.linalg.solve(gram + weight, cross + weight @ prior.double()).float().contiguous()
 
 
-def _levels(x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, bits: int, role: Role) -> tuple[torch.Tensor, torch.Tensor]:
+def _levels(
+    x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, bits: int, role: Role
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(x - shift) and its dequantised levels in mapped space."""
     shifted = x.float() - shift[:, None]
     codes, scales = quantize(shifted @ map, bits, role)
@@ -86,7 +90,9 @@ def _value_normal(t: Trace, plan: LayerPlan, window: int, sinks: int) -> tuple[t
         if columns <= sinks:
             continue
         _, p = attention_rows(call, first, end)
-        p = (p[..., :columns] * packed_pairs(position[first:end], position[:columns], call, window, sinks)).flatten(2, 3)
+        p = (p[..., :columns] * packed_pairs(position[first:end], position[:columns], call, window, sinks)).flatten(
+            2, 3
+        )
         y, o = p @ levels[:, :, :columns], p @ exact[:, :, :columns]
         gram = gram + (y.mT @ y).double().sum(0)
         cross = cross + (y.mT @ o).double().sum(0)

@@ -16,6 +16,7 @@ import torch
 
 from tq_ao.calibration.capture import Trace, trace
 from tq_ao.calibration.fisher import Rows, fisher_kl, key_delta, sample_rows, value_delta
+from tq_ao.calibration.gain import compensated
 from tq_ao.calibration.journal import Journal
 from tq_ao.codebook import Role
 from tq_ao.evaluation.evaluator import Evaluator
@@ -35,6 +36,7 @@ def sensitivity(
     metric: Metric = "taylor",
     *,
     bits: Sequence[int] = (1, 2, 3, 4),
+    compensate: bool = False,
     window: int = 128,
     sinks: int = 4,
     rows: int = 192,
@@ -49,6 +51,7 @@ def sensitivity(
         windows: int64 [n, N] calibration text (unused by "weight").
         maps: layer -> maps; only these layers are scored.
         metric: one of METRICS.
+        compensate: scale the maps for each width (see gain.py), as calibrated schedules do.
         rows: query rows sampled per window ("output", "taylor").
         journal: remembers finished windows or entries of a killed run.
         progress: show a tqdm bar.
@@ -56,10 +59,11 @@ def sensitivity(
     Raises:
         ValueError: unknown metric.
     """
+    by_width = {b: {i: compensated(m, b, b) for i, m in maps.items()} if compensate else maps for b in bits}
     if metric == "weight":
         return _weight(model, maps, bits)
     if metric == "kl":
-        return _measured(model, windows, maps, bits, window, sinks, journal, progress)
+        return _measured(model, windows, by_width, window, sinks, journal, progress)
     if metric not in METRICS:
         raise ValueError(f"expected metric in {METRICS}, got {metric!r}")
     total: Table = {}
@@ -72,7 +76,9 @@ def sensitivity(
             generator = torch.Generator().manual_seed(seed * 1_000_003 + n)
             traces = trace(model, ids.to(device_of(model)), gradient=metric == "taylor", generator=generator, skip=SKIP)
             for layer in sorted(maps):
-                for entry, value in _score(traces.pop(layer), maps[layer], metric, bits, window, sinks, rows, generator):
+                for entry, value in _score(
+                    traces.pop(layer), {b: by_width[b][layer] for b in bits}, metric, window, sinks, rows, generator
+                ):
                     found[f"{layer}/{entry}"] = value
             if journal is not None:
                 journal.put(key, found)
@@ -83,11 +89,11 @@ def sensitivity(
     return total
 
 
-def _score(t: Trace, maps: LayerMaps, metric: str, bits: Sequence[int], window: int, sinks: int, rows: int, generator):  # type: ignore[no-untyped-def]
+def _score(t: Trace, by_width: Mapping[int, LayerMaps], metric: str, window: int, sinks: int, rows: int, generator):  # type: ignore[no-untyped-def]
     """("side/bits", value) of one layer on one window."""
     if metric == "activation":
         k, v = t.call.k, t.call.v
-        for b in bits:
+        for b, maps in by_width.items():
             k_hat = requantize(k, maps.key, maps.query.mT, maps.key_shift, b, "key")
             v_hat = requantize(v, maps.value, maps.output, maps.value_shift, b, "value")
             yield f"key/{b}", (k_hat - k)[:, :, sinks:].square().mean().item()
@@ -96,7 +102,7 @@ def _score(t: Trace, maps: LayerMaps, metric: str, bits: Sequence[int], window: 
     if t.grad is None:
         t.grad = torch.zeros_like(t.out)
     sample = sample_rows(t, rows, window, sinks, generator)
-    for b in bits:
+    for b, maps in by_width.items():
         for side in ("key", "value"):
             delta = side_delta(sample, side, maps, b)
             yield f"{side}/{b}", fisher_kl(sample, delta) if metric == "taylor" else delta.square().mean().item()
@@ -109,7 +115,7 @@ def side_delta(sample: Rows, side: str, maps: LayerMaps, bits: int) -> torch.Ten
 
 def _weight(model: torch.nn.Module, maps: Mapping[int, LayerMaps], bits: Sequence[int]) -> Table:
     table: Table = {}
-    for name, module in model.named_modules():
+    for module in model.modules():
         layer = getattr(module, "layer_idx", None)
         if layer not in maps or not hasattr(module, "k_proj"):
             continue
@@ -126,20 +132,22 @@ def _weight(model: torch.nn.Module, maps: Mapping[int, LayerMaps], bits: Sequenc
                 error = requantize(vectors, forward, back, zero, b, side) - vectors
                 table[layer, side, b] = error.square().mean().item()
     if missing := set(maps) - {i for i, _, _ in table}:
-        raise ValueError(f"metric 'weight' needs k_proj and v_proj, not found in layers {sorted(missing)}; use 'taylor'")
+        raise ValueError(
+            f"metric 'weight' needs k_proj and v_proj, not found in layers {sorted(missing)}; use 'taylor'"
+        )
     return table
 
 
-def _measured(model, windows, maps, bits, window, sinks, journal, progress) -> Table:  # type: ignore[no-untyped-def]
+def _measured(model, windows, by_width, window, sinks, journal, progress) -> Table:  # type: ignore[no-untyped-def]
     evaluate = Evaluator(model, windows, window=window, sinks=sinks)
     table: Table = {}
-    places = [(i, side, b) for i in sorted(maps) for side in ("key", "value") for b in bits]
+    places = [(i, side, b) for b, maps in by_width.items() for i in sorted(maps) for side in ("key", "value")]
     for layer, side, b in bar(places, "measured KL", progress):
         key = f"kl/{layer}/{side}/{b}"
         value = journal.get(key) if journal is not None else None
         if value is None:
             pair = (b, EXACT_BITS) if side == "key" else (EXACT_BITS, b)
-            value = evaluate({layer: LayerPlan(*pair, maps[layer])}).kl
+            value = evaluate({layer: LayerPlan(*pair, by_width[b][layer])}).kl
             if journal is not None:
                 journal.put(key, value)
         table[layer, side, b] = value

@@ -89,7 +89,9 @@ class PairWeights:
     g_fisher: torch.Tensor | None
 
 
-def packed_pairs(rows: torch.Tensor, columns: torch.Tensor, call: AttentionCall, window: int, sinks: int) -> torch.Tensor:
+def packed_pairs(
+    rows: torch.Tensor, columns: torch.Tensor, call: AttentionCall, window: int, sinks: int
+) -> torch.Tensor:
     """Boolean [rows, columns]: query row reads key column from packed storage."""
     age = rows[:, None] - columns
     packed = (age >= window) & (columns >= sinks)

@@ -17,7 +17,9 @@ from tq_ao.rotation import LayerMaps, rotations
 
 RIDGE = 1e-2
 KEY_VARIANTS = ("plain", "tokens", "attention", "attention-centred", "fisher", "fisher-centred")
+KEY_CHOICES = ("plain", "attention", "attention-centred", "fisher-centred")
 VALUE_VARIANTS = ("plain", "attention", "attention-centred", "fisher-centred", "fisher-metric-centred")
+VALUE_CHOICES = ("plain", "attention-centred", "fisher-centred")
 
 
 def matrix_power(s: torch.Tensor, exponent: float) -> torch.Tensor:
@@ -62,7 +64,9 @@ def _trace(s: torch.Tensor) -> torch.Tensor:
     return s.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def key_maps(statistics: LayerStatistics, variant: str, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def key_maps(
+    statistics: LayerStatistics, variant: str, rotation: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(key, query, key_shift) of a variant in KEY_VARIANTS, float32; rotation is [H, D, D].
 
     Raises:
@@ -79,7 +83,9 @@ def key_maps(statistics: LayerStatistics, variant: str, rotation: torch.Tensor) 
     return found[0].to(rotation.device), found[1].to(rotation.device), shift.to(rotation.device)
 
 
-def value_maps(statistics: LayerStatistics, variant: str, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def value_maps(
+    statistics: LayerStatistics, variant: str, rotation: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(value, output, value_shift) of a variant in VALUE_VARIANTS, float32; rotation is [H, D, D].
 
     "attention*" read through W_o^T W_o; "fisher-metric-centred" pairs attention-weighted values with the gradient's
@@ -97,7 +103,9 @@ def value_maps(statistics: LayerStatistics, variant: str, rotation: torch.Tensor
     elif statistics.readout is not None:
         reader = statistics.readout
     else:
-        raise ValueError(f"value maps {variant!r} need W_o^T W_o, which was not found in this model; use 'fisher-centred'")
+        raise ValueError(
+            f"value maps {variant!r} need W_o^T W_o, which was not found in this model; use 'fisher-centred'"
+        )
     a = balance(v.covariance(centred), reader)
     shift = v.mean().float() if centred else rotation.new_zeros(rotation.shape[:2])
     r = rotation.double().cpu()

@@ -7,10 +7,11 @@ import torch
 
 from tq_ao.calibration.capture import trace
 from tq_ao.calibration.fisher import fisher_kl, sample_rows
+from tq_ao.calibration.gain import compensated
 from tq_ao.calibration.journal import Journal
 from tq_ao.calibration.sensitivity import bar, device_of, side_delta
 from tq_ao.calibration.statistics import LayerStatistics
-from tq_ao.calibration.transforms import KEY_VARIANTS, VALUE_VARIANTS, key_maps, value_maps
+from tq_ao.calibration.transforms import KEY_CHOICES, VALUE_CHOICES, key_maps, value_maps
 from tq_ao.evaluation.metrics import SKIP
 from tq_ao.rotation import LayerMaps
 
@@ -48,8 +49,8 @@ def choose_variants(
     plain: Mapping[int, LayerMaps],
     statistics: Mapping[int, LayerStatistics],
     *,
-    key_variants: Sequence[str] = KEY_VARIANTS,
-    value_variants: Sequence[str] = VALUE_VARIANTS,
+    key_variants: Sequence[str] = KEY_CHOICES,
+    value_variants: Sequence[str] = VALUE_CHOICES,
     window: int,
     sinks: int,
     rows: int = 128,
@@ -73,7 +74,8 @@ def choose_variants(
                 sample = sample_rows(traces.pop(layer), rows, window, sinks, generator)
                 for (side, variant), maps in built[layer].items():
                     for b in PROBE_BITS:
-                        found[f"{layer}/{side}/{variant}/{b}"] = fisher_kl(sample, side_delta(sample, side, maps, b))
+                        delta = side_delta(sample, side, compensated(maps, b, b), b)
+                        found[f"{layer}/{side}/{variant}/{b}"] = fisher_kl(sample, delta)
             if journal is not None:
                 journal.put(f"variants/{n}", found)
         for name, value in found.items():

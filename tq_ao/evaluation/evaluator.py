@@ -21,7 +21,14 @@ class Evaluator:
     """
 
     def __init__(
-        self, model: torch.nn.Module, windows: torch.Tensor, *, window: int, sinks: int, stride: int = 1, skip: int = SKIP
+        self,
+        model: torch.nn.Module,
+        windows: torch.Tensor,
+        *,
+        window: int,
+        sinks: int,
+        stride: int = 1,
+        skip: int = SKIP,
     ) -> None:
         self.model, self.windows, self.window, self.sinks = model, windows, window, sinks
         self.positions = torch.arange(min(skip, windows.shape[1] - 1), windows.shape[1], stride)
@@ -38,7 +45,9 @@ class Evaluator:
         """Metrics of the model with another attention function."""
         self.evaluations += 1
         pairs = zip(self.windows.split(1), self._exact, strict=True)
-        return summarize([score(reference, self._logits(ids, attention), ids, self.positions) for ids, reference in pairs])
+        return summarize(
+            [score(reference, self._logits(ids, attention), ids, self.positions) for ids, reference in pairs]
+        )
 
     def __call__(self, plans: Mapping[int, LayerPlan]) -> Metrics:
         """Metrics of a schedule: layer -> plan; layers without a plan stay exact."""

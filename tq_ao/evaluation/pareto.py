@@ -6,6 +6,7 @@ from typing import Any
 
 from tq_ao.calibration.allocation import Schedule, first_last, knapsack, ranked, shuffled, uniform
 from tq_ao.calibration.calibrate import collect
+from tq_ao.calibration.gain import compensated
 from tq_ao.calibration.repair import repair
 from tq_ao.calibration.sensitivity import Metric, Table, sensitivity
 from tq_ao.calibration.variants import Choice, choose_variants
@@ -57,7 +58,7 @@ def calibrate_once(setup: Setup, options: Options, progress: bool) -> Calibrated
     rest = setup.calibration[cut:]
     choices = choose_variants(setup.model, rest, setup.plain, statistics, **common)  # type: ignore[arg-type]
     maps = {c.layer: c.maps for c in choices}
-    table = sensitivity(setup.model, rest, maps, options.metric, **common)  # type: ignore[arg-type]
+    table = sensitivity(setup.model, rest, maps, options.metric, compensate=True, **common)  # type: ignore[arg-type]
     plain_table = sensitivity(setup.model, rest, setup.plain, options.metric, **common)  # type: ignore[arg-type]
     return Calibrated(choices, maps, table, plain_table)
 
@@ -83,12 +84,18 @@ def pareto(
         if schedule is not None:
             row["schedule"] = {str(i): list(pair) for i, pair in schedule.items()}
         rows.append(row)
-        report(f"{method:34s} {code:5.3f} bits  KL {m.kl:.5f} +- {m.kl_stderr:.5f}  ppl {100 * (m.ppl_ratio - 1):+.2f} %")
+        report(
+            f"{method:34s} {code:5.3f} bits  KL {m.kl:.5f} +- {m.kl_stderr:.5f}  ppl {100 * (m.ppl_ratio - 1):+.2f} %"
+        )
+
+    def plans(schedule: Schedule, maps: dict[int, LayerMaps]) -> dict[int, LayerPlan]:
+        if maps is setup.plain:
+            return {i: LayerPlan(*pair, maps[i]) for i, pair in schedule.items()}
+        return {i: LayerPlan(*pair, compensated(maps[i], *pair)) for i, pair in schedule.items()}
 
     def ours(method: str, schedule: Schedule, maps: dict[int, LayerMaps]) -> None:
-        plans = {i: LayerPlan(*pair, maps[i]) for i, pair in schedule.items()}
         stored = setup.shape.average(schedule, stored=True)
-        add(method, setup.shape.average(schedule), stored, evaluate(plans), schedule)
+        add(method, setup.shape.average(schedule), stored, evaluate(plans(schedule, maps)), schedule)
 
     for bits in (2, 3, 4):
         ours("uniform, plain", uniform(setup.shape, bits), setup.plain)
@@ -114,12 +121,11 @@ def pareto(
         if tuning is not None:
             fixed = repair(
                 schedule,
-                lambda s: tuning({i: LayerPlan(*pair, calibrated.maps[i]) for i, pair in s.items()}).kl,
+                lambda s: tuning(plans(s, calibrated.maps)).kl,
                 calibrated.table, setup.shape, budget, evaluations=options.repair_evaluations,
             )  # fmt: skip
             ours("schedule, calibrated, repaired", fixed.schedule, calibrated.maps)
     return {
-        "model": setup.name, "text": setup.text, **provenance(), "exact_positions_skipped": 64, "metric": options.metric,
-        "rows": rows,
+        "model": setup.name, "text": setup.text, **provenance(), "metric": options.metric, "rows": rows,
         "variants": {str(c.layer): [c.key_variant, c.value_variant] for c in calibrated.choices},
     }  # fmt: skip

@@ -16,6 +16,7 @@ def rank_metrics(
     Returns:
         {model, text, ..., rows: [{metric, key, value, both}], tables: {metric: {"layer/side/bits": value}}}.
     """
+
     def table(metric, text) -> Table:  # type: ignore[no-untyped-def]
         return sensitivity(
             setup.model, text, setup.plain, metric, bits=bits, window=window, sinks=sinks, seed=seed, progress=progress
@@ -28,4 +29,12 @@ def rank_metrics(
         rows.append({"metric": metric, **correlations(found, truth)})
         report(f"{metric:12s} " + "  ".join(f"{k} {v:+.3f}" for k, v in rows[-1].items() if k != "metric"))
     named = {m: {f"{i}/{side}/{b}": v for (i, side, b), v in t.items()} for m, t in tables.items()}
-    return {"model": setup.name, "text": setup.text, **provenance(), "window": window, "sinks": sinks, "rows": rows, "tables": named}
+    return {
+        "model": setup.name,
+        "text": setup.text,
+        **provenance(),
+        "window": window,
+        "sinks": sinks,
+        "rows": rows,
+        "tables": named,
+    }

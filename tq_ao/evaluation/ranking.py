@@ -20,9 +20,10 @@ def _ranks(x: torch.Tensor) -> torch.Tensor:
 
 
 def correlations(table: Table, truth: Table) -> dict[str, float]:
-    """Rank correlation of two tables over their common entries: "key", "value" at fixed width (mean over widths), and "both".
+    """Rank correlation of two tables over their common entries: "key", "value" and "both".
 
-    "both" ranks keys and values of one width together, which is what allocating bits between them needs.
+    Each at a fixed width, averaged over widths; "both" ranks keys and values of one width together, which is
+    what allocating bits between them needs.
     """
     places = set(table) & set(truth)
     found: dict[str, list[float]] = {"key": [], "value": [], "both": []}

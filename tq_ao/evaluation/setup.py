@@ -35,7 +35,9 @@ class Setup:
     text: str
 
 
-def plain_maps(model: torch.nn.Module, layers: list[int], seed: int = 0, kind: str = "hadamard") -> dict[int, LayerMaps]:
+def plain_maps(
+    model: torch.nn.Module, layers: list[int], seed: int = 0, kind: str = "hadamard"
+) -> dict[int, LayerMaps]:
     """The random rotations the cache gives these layers, on the model's device."""
     config = model.config.get_text_config(decoder=True)
     heads = config.num_key_value_heads
@@ -45,7 +47,14 @@ def plain_maps(model: torch.nn.Module, layers: list[int], seed: int = 0, kind: s
 
 
 def prepare(
-    name: str, *, length: int, calibration: int, evaluation: int, text: str = "enwiki", seed: int = 0, all_layers: bool = False
+    name: str,
+    *,
+    length: int,
+    calibration: int,
+    evaluation: int,
+    text: str = "enwiki",
+    seed: int = 0,
+    all_layers: bool = False,
 ) -> Setup:
     """Load a model in float32 (on the GPU if there is one) and cut its text.
 
@@ -72,13 +81,16 @@ def prepare(
     layers = list(range(config.num_hidden_layers)) if all_layers else quantizable_layers(model.config)
     plain = plain_maps(model, layers, seed)
     shape = Shape({i: tuple(m.key_shift.shape) for i, m in plain.items()})  # type: ignore[misc]
-    what = f"{text if text == 'enwiki' else Path(text).name}, split by article (seed {seed}), {evaluation} x {length} tokens held out"
+    source = text if text == "enwiki" else Path(text).name
+    what = f"{source}, split by article (seed {seed}), {evaluation} x {length} tokens held out"
     return Setup(found.name, model, *parts, plain, shape, what)
 
 
 def provenance() -> dict[str, Any]:
     """Versions, commit and device, for result files."""
-    versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers")} | {"python": platform.python_version()}
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers")} | {
+        "python": platform.python_version()
+    }
     done = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )  # fmt: skip

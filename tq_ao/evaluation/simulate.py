@@ -81,7 +81,9 @@ def mixed_attention(
     """
     heads, tokens = call.k.shape[1], call.q.shape[2]
     q = (call.q * call.scaling).unflatten(1, (heads, -1))
-    k_hat, v_hat = (torch.cat([x[:, :, :sinks], x_hat[:, :, sinks:]], 2) for x, x_hat in ((call.k, k_hat), (call.v, v_hat)))
+    k_hat, v_hat = (
+        torch.cat([x[:, :, :sinks], x_hat[:, :, sinks:]], 2) for x, x_hat in ((call.k, k_hat), (call.v, v_hat))
+    )
     out = torch.empty_like(call.q)
     age = torch.arange(tokens, device=call.q.device)
     for first, end in row_blocks(tokens, call.q.device, block):

@@ -1,0 +1,102 @@
+"""What is captured is what the model computes, and the statistics are those of a naive double loop."""
+
+import math
+
+import pytest
+import tiny
+import torch
+
+from tq_ao.calibration.capture import exact, intercept, trace
+from tq_ao.calibration.statistics import LayerStatistics, accumulate, pair_weights
+
+
+@pytest.fixture
+def ids(rng):
+    return torch.randint(2, 97, (2, 60), generator=rng)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gemma3", "gpt_oss"])
+@torch.no_grad()
+def test_exact_handler_changes_nothing(kind, ids):
+    model = tiny.model(kind)
+    want, before = model(ids).logits, model.config._attn_implementation
+    seen = []
+
+    def handler(call):
+        seen.append((call.layer, tuple(call.q.shape), tuple(call.k.shape), call.sliding))
+        return exact(call)
+
+    with intercept(model, handler):
+        got = model(ids, use_cache=False).logits
+    torch.testing.assert_close(got, want, atol=2e-3, rtol=1e-3)
+    assert [s[:3] for s in seen] == [(i, (2, 4, 60, 32), (2, 2, 60, 32)) for i in range(model.config.num_hidden_layers)]
+    assert model.config._attn_implementation == before
+    if kind == "gemma3":
+        assert [s[3] for s in seen] == [24, None, 24, None]
+
+
+def test_gradient_is_that_of_the_sampled_log_likelihood(ids):
+    model = tiny.model()
+    traces = trace(model, ids, gradient=True, generator=torch.Generator().manual_seed(5), skip=8)
+    bump = torch.randn_like(traces[1].out)
+    step = 1e-3
+
+    def log_likelihood(sign):
+        with intercept(model, lambda c: exact(c) + (sign * step * bump if c.layer == 1 else 0)), torch.no_grad():
+            return torch.log_softmax(model(ids, use_cache=False).logits[:, 8:].double(), -1)
+
+    uniform = torch.rand(2, 52, generator=torch.Generator().manual_seed(5))
+    cdf = log_likelihood(0).float().exp().cumsum(-1)
+    labels = torch.searchsorted(cdf, (uniform * cdf[..., -1])[..., None]).clamp_max(96)
+    slope = (log_likelihood(1) - log_likelihood(-1)).gather(-1, labels).sum().item() / (2 * step)
+    assert slope == pytest.approx((traces[1].grad * bump).sum().item(), rel=0.05, abs=0.05)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("llama", 1), ("gemma3", 0), ("gemma2", 1)])
+def test_pair_weights_equal_a_double_loop(kind, layer, ids):
+    window, sinks = 10, 3
+    t = trace(tiny.model(kind), ids[:1], gradient=True, generator=torch.Generator().manual_seed(1))[layer]
+    found = pair_weights(t, window, sinks)
+    c, groups, n = t.call, 2, 60
+    qa, ka, va = torch.zeros(4, n), torch.zeros(2, n), torch.zeros(2, n)
+    qf, kf = torch.zeros(4, n), torch.zeros(2, n)
+    for head in range(4):
+        kv = head // groups
+        for i in range(n):
+            keys = [j for j in range(i + 1) if c.sliding is None or i - j < c.sliding]
+            s = [float(c.q[0, head, i].double() @ c.k[0, kv, j].double()) * c.scaling for j in keys]
+            capped = [c.softcap * math.tanh(x / c.softcap) if c.softcap else x for x in s]
+            p = torch.softmax(torch.tensor(capped, dtype=torch.float64), 0).tolist()
+            o = sum(w * c.v[0, kv, j].double() for w, j in zip(p, keys, strict=True))
+            g = t.grad[0, head, i].double()
+            for w, j, x in zip(p, keys, capped, strict=True):
+                if i - j < window or j < sinks:
+                    continue
+                slope = 1 - (x / c.softcap) ** 2 if c.softcap else 1.0
+                effect = (w * float(g @ (c.v[0, kv, j].double() - o)) * slope) ** 2
+                qa[head, i] += w * (1 - w)
+                ka[kv, j] += w * (1 - w)
+                va[kv, j] += w
+                qf[head, i] += effect
+                kf[kv, j] += effect
+    close = {"rtol": 2e-3, "atol": 1e-5}
+    torch.testing.assert_close(found.q_attention[0].flatten(0, 1), qa, **close)
+    torch.testing.assert_close(found.k_attention[0], ka, **close)
+    torch.testing.assert_close(found.v_attention[0], va, **close)
+    scale = kf.max()
+    torch.testing.assert_close(found.q_fisher[0].flatten(0, 1) / scale, qf / scale, **close)
+    torch.testing.assert_close(found.k_fisher[0] / scale, kf / scale, **close)
+
+
+def test_statistics_leave_out_sinks_and_recent_tokens(ids):
+    t = trace(tiny.model(), ids, gradient=False)[0]
+    t.call.v[:, :, :4] = 1e4
+    t.call.v[:, :, -10:] = -1e4
+    statistics = LayerStatistics()
+    accumulate(statistics, t, window=10, sinks=4)
+    assert {w for _, w in statistics.moments} == {"tokens", "attention"}
+    for weighting in ("tokens", "attention"):
+        assert statistics.moments["v", weighting].mean().abs().max() < 100
+    assert (statistics.moments["k", "tokens"].weight <= 2 * 46).all()
+    assert (statistics.moments["k", "tokens"].weight > 2 * 30).all()

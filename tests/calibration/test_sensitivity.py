@@ -1,0 +1,100 @@
+"""Sensitivities: Fisher against measured KL, resuming, the metrics' interface."""
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from tq_ao.calibration import METRICS, calibrate, sensitivity
+from tq_ao.calibration.journal import Journal
+from tq_ao.evaluation.ranking import correlations, spearman
+from tq_ao.evaluation.setup import plain_maps
+
+
+@pytest.fixture
+def windows(rng):
+    return torch.randint(2, 97, (4, 160), generator=rng)
+
+
+def test_fisher_predicts_measured_kl(windows):
+    model = tiny.model(num_hidden_layers=6)
+    with torch.no_grad():
+        for i, layer in enumerate(model.model.layers):
+            layer.self_attn.o_proj.weight.mul_(0.15 * 1.8**i if i % 2 else 0.3)
+    maps = plain_maps(model, list(range(6)))
+    common = {"bits": (2, 3), "window": 16, "sinks": 2}
+    measured = sensitivity(model, windows, maps, "kl", **common)
+    estimated = sensitivity(model, windows, maps, "taylor", rows=96, **common)
+    assert correlations(estimated, measured)["both"] > 0.7
+    ratio = torch.tensor([estimated[p] / measured[p] for p in measured]).log()
+    assert ratio.median().abs() < 1.0
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_scores_every_place_and_falls_with_bits(metric, windows):
+    model = tiny.model()
+    table = sensitivity(model, windows[:1], plain_maps(model, [0, 2]), metric, bits=(1, 4), window=16, sinks=2)
+    assert set(table) == {(i, side, b) for i in (0, 2) for side in ("key", "value") for b in (1, 4)}
+    assert all(table[i, side, 4] < table[i, side, 1] for i in (0, 2) for side in ("key", "value"))
+
+
+def test_unknown_metric_names_the_known_ones(windows):
+    model = tiny.model()
+    with pytest.raises(ValueError, match="taylor"):
+        sensitivity(model, windows, plain_maps(model, [0]), "hessian")
+
+
+@pytest.mark.parametrize("metric", ["taylor", "kl"])
+def test_a_killed_run_continues(metric, windows, tmp_path, monkeypatch):
+    model = tiny.model()
+    maps = plain_maps(model, [0, 1, 2])
+    path = tmp_path / "journal"
+    common = {"bits": (2, 3), "window": 16, "sinks": 2}
+    whole = sensitivity(model, windows, maps, metric, **common)
+    put, left = Journal.put, [2]
+
+    def dying(self, key, value):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        put(self, key, value)
+
+    monkeypatch.setattr(Journal, "put", dying)
+    with pytest.raises(KeyboardInterrupt):
+        sensitivity(model, windows, maps, metric, journal=Journal(path, "run"), **common)
+    monkeypatch.setattr(Journal, "put", put)
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"key": "half a li')
+    journal = Journal(path, "run")
+    assert len(journal) == 2
+    assert sensitivity(model, windows, maps, metric, journal=journal, **common) == pytest.approx(whole, rel=1e-4)
+    assert len(Journal(path, "another run")) == 0
+    assert json.loads(path.read_text(encoding="utf-8").splitlines()[0]) == {"fingerprint": "another run"}
+
+
+def test_spearman():
+    a = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert spearman(a, a.exp()) == pytest.approx(1)
+    assert spearman(a, -a) == pytest.approx(-1)
+    assert spearman(torch.tensor([1.0, 1.0, 2.0]), torch.tensor([1.0, 1.0, 5.0])) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("maps", ["plain", "auto"])
+def test_calibrate_keeps_the_budget_and_beats_uniform_or_falls_back(maps, windows, tmp_path):
+    model = tiny.model(num_hidden_layers=4)
+    plain = plain_maps(model, [0, 1, 2, 3])
+    arguments = {"bits": 2.5, "window": 16, "sinks": 2, "maps": maps, "journal": tmp_path / "journal"}
+    result = calibrate(model, windows[:3], plain, verification=windows[3:], repair_evaluations=2, **arguments)
+    assert result.average_bits <= 2.5
+    assert set(result.schedule) == {0, 1, 2, 3}
+    assert result.fell_back or result.chosen.kl < result.uniform.kl
+    assert (result.maps is None) == (maps == "plain" or result.fell_back)
+    again = calibrate(model, windows[:3], plain, **arguments)
+    assert again.table == pytest.approx(result.table, rel=1e-6)
+
+
+def test_too_few_windows(windows):
+    model = tiny.model()
+    with pytest.raises(ValueError, match="at least 3 calibration windows"):
+        calibrate(model, windows[:2], plain_maps(model, [0]), bits=3)

@@ -1,0 +1,59 @@
+"""Metrics against their definitions, and the simulation against the exact model."""
+
+import math
+
+import pytest
+import tiny
+import torch
+
+from tq_ao.evaluation.evaluator import Evaluator
+from tq_ao.evaluation.kivi import kivi, min_max
+from tq_ao.evaluation.metrics import score, summarize
+from tq_ao.evaluation.setup import plain_maps
+from tq_ao.evaluation.simulate import LayerPlan
+
+
+def test_score_by_definition(rng):
+    a, b = torch.randn(2, 2, 10, 13, generator=rng)
+    ids = torch.randint(0, 13, (2, 10), generator=rng)
+    found = score(a, b, ids, torch.arange(10))
+    p, q = a.double().softmax(-1), b.double().softmax(-1)
+    torch.testing.assert_close(found.kl.double(), (p * (p / q).log()).sum(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.nll[:, 3].double(), -q[[0, 1], 3, ids[:, 4]].log(), rtol=1e-4, atol=1e-5)
+    assert found.nll[:, -1].isnan().all()
+    assert torch.equal(found.top1, (a.argmax(-1) == b.argmax(-1)).float())
+
+
+def test_summary_pools_windows_and_its_errors_come_from_chunks(rng):
+    scores = []
+    for level in (1.0, 3.0):
+        ids = torch.randint(0, 13, (1, 64), generator=rng)
+        a = torch.randn(1, 64, 13, generator=rng)
+        scores.append(score(a, a + level * torch.randn(1, 64, 13, generator=rng) / 10, ids, torch.arange(64)))
+    found = summarize(scores, chunk=16)
+    kl = torch.stack([s.kl[0] for s in scores])
+    means = kl.unflatten(1, (4, 16)).mean(-1).flatten()
+    assert found.kl == pytest.approx(kl.mean().item(), rel=1e-5)
+    assert found.kl_stderr == pytest.approx((means.std() / math.sqrt(8)).item(), rel=1e-4)
+    assert (found.tokens, found.chunks) == (128, 8)
+    ratio = torch.cat([(s.nll - s.nll_exact)[0, :-1] for s in scores]).mean().exp().item()
+    assert found.ppl_ratio == pytest.approx(ratio, rel=1e-5)
+
+
+def test_simulation_is_exact_without_plans_and_worse_with_fewer_bits(rng):
+    model = tiny.model()
+    evaluate = Evaluator(model, torch.randint(2, 97, (2, 120), generator=rng), window=16, sinks=2, skip=20)
+    maps = plain_maps(model, [0, 1, 2])
+    assert evaluate({}).kl < 1e-7
+    kls = [evaluate({i: LayerPlan(b, b, m) for i, m in maps.items()}).kl for b in (1, 2, 4, 8)]
+    assert kls[0] > kls[1] > kls[2] > kls[3] > 0
+    four, two = (evaluate.measure(kivi({0, 1, 2}, bits, window=16, sinks=2)).kl for bits in (4, 2))
+    assert 0 < four < two
+
+
+def test_min_max_keeps_the_ends(rng):
+    x = torch.randn(5, 32, generator=rng)
+    rounded = min_max(x, 4)
+    step = (x.amax(-1) - x.amin(-1)) / 15
+    assert ((rounded - x).abs() <= 0.55 * step[:, None] + 1e-2).all()
+    assert (rounded.round(decimals=4).unique(dim=-1).shape[-1]) <= 16 * 5

@@ -91,16 +91,23 @@ def _store_codes(codes, words, tile_stride, tile_ok, D: tl.constexpr, BITS: tl.c
         even, odd = tl.split(tl.reshape(part, [TILES, 32, R, 2, 2]))
         s0, s2 = tl.split(even)
         s1, s3 = tl.split(odd)
+        # One store of all planes: each store costs a trip through shared memory.
         group = tl.arange(0, R)[None, None, :]
         at = words + tile * tile_stride + lane * G + group
-        ok = tile_ok[:, None, None] & (group < G)
+        ok = tl.broadcast_to(tile_ok[:, None, None] & (group < G), s0.shape)
         if BITS == 3:
-            tl.store(at, s0 | ((s3 & 0x11111111) << 3), mask=ok)
-            tl.store(at + 32 * G, s1 | (((s3 >> 1) & 0x11111111) << 3), mask=ok)
-            tl.store(at + 64 * G, s2 | (((s3 >> 2) & 0x11111111) << 3), mask=ok)
+            w0 = s0 | ((s3 & 0x11111111) << 3)
+            w1 = s1 | (((s3 >> 1) & 0x11111111) << 3)
+            w2 = s2 | (((s3 >> 2) & 0x11111111) << 3)
+            w = tl.join(tl.join(w0, w2), tl.join(w1, w2))
+            half = tl.arange(0, 2)
+            plane = (2 * half[:, None] + half[None, :])[None, None, None, :, :]
+            at = at[:, :, :, None, None] + plane * (32 * G)
+            tl.store(at, w, mask=ok[:, :, :, None, None] & (plane < 3))
         elif BITS == 2:
-            tl.store(at, s0 | (s1 << 2), mask=ok)
-            tl.store(at + 32 * G, s2 | (s3 << 2), mask=ok)
+            plane = tl.arange(0, 2)[None, None, None, :]
+            w = tl.join(s0 | (s1 << 2), s2 | (s3 << 2))
+            tl.store(at[:, :, :, None] + plane * (32 * G), w, mask=ok[:, :, :, None])
         else:
             tl.store(at, s0 | (s1 << 1) | (s2 << 2) | (s3 << 3), mask=ok)
 
@@ -454,10 +461,10 @@ def _padded(dim: int) -> int:
     return max(32, triton.next_power_of_2(dim))
 
 
-def launch_options(dim: int, wide: bool, ring: bool) -> dict[str, int]:
+def launch_options(dim: int, wide: bool) -> dict[str, int]:
     """Block sizes of `encode_kernel`; wide: a chip with wgmma and more than 200 KiB of shared memory."""
     padded = _padded(dim)
-    warps = 4 if padded <= 128 and wide and not ring else 8
+    warps = 4 if padded <= 128 and wide else 8
     return {"TILES": 2, "KC": 32, "num_warps": warps, "num_stages": 2 if padded <= 128 else 1}
 
 
@@ -469,7 +476,7 @@ def _encode_many(x, ring, codes, scales, map, shift, length, start, tiles, sinks
     """Launch `encode_kernel` over at most `tiles` tiles per row and head."""
     batch, heads, n, dim = x.shape
     words = _words(codes, scales)
-    options = launch_options(dim, _wide(x.device), ring is not None)
+    options = launch_options(dim, _wide(x.device))
     blocks = triton.cdiv(tiles, options["TILES"])
     cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
     per_program = max(1, triton.cdiv(blocks * batch * heads, (2 if dim <= 128 else 1) * cores))

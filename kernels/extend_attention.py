@@ -11,6 +11,8 @@ Queries are divided by their largest entry to be safe in fp16, whose 11 bits mat
 whole grid numbers, exact in fp16 and bf16.  Scales of keys multiply scores, those of values multiply probabilities.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -460,17 +462,20 @@ def lookup_asm(book, dtype: torch.dtype) -> str | None:
     Eight table entries (the magnitudes at 4 bits) lie in two registers of high bytes and two of low bytes, and each
     nibble is itself a selector.
     """
-    if book.bits == 8:
-        return None
+    return None if book.bits == 8 else _lookup_asm(book.bits, grid_values(book), dtype)
+
+
+@lru_cache
+def _lookup_asm(bits: int, values: tuple[float, ...], dtype: torch.dtype) -> str:
     dtype = torch.float16 if dtype == torch.float32 else dtype
-    entries = (torch.tensor(grid_values(book)[:8], dtype=torch.float64).to(dtype).view(torch.int16) & 0xFFFF).tolist()
+    entries = (torch.tensor(values[:8], dtype=torch.float64).to(dtype).view(torch.int16) & 0xFFFF).tolist()
     entries += [0] * (8 - len(entries))
 
     def half(shift: int, first: int) -> str:
         return hex(sum((((e & 0xFFFF) >> shift) & 0xFF) << (8 * n) for n, e in enumerate(entries[first : first + 4])))
 
     lines = [".reg .b32 n, g, h, l, a, b;"]
-    if book.bits == 4:
+    if bits == 4:
         lines += ["and.b32 n, $8, 0x77777777;", "shr.u32 g, $8, 3;", "and.b32 g, g, 0x11111111;"]
     else:
         lines += ["mov.b32 n, $8;"]
@@ -478,7 +483,7 @@ def lookup_asm(book, dtype: torch.dtype) -> str | None:
         if part:
             lines += ["shr.u32 n, n, 16;"]
         lines += [f"prmt.b32 h, {half(8, 0)}, {half(8, 4)}, n;", f"prmt.b32 l, {half(0, 0)}, {half(0, 4)}, n;"]
-        if book.bits == 4:
+        if bits == 4:
             lines += ["shr.u32 g, g, 16;"] if part else []
             lines += ["prmt.b32 a, 0x8000, 0, g;", "or.b32 h, h, a;"]
         lines += ["prmt.b32 a, l, h, 0x5140;", "prmt.b32 b, l, h, 0x7362;"]
@@ -508,7 +513,7 @@ def launch_options(dim: int, rows: int, dtype: torch.dtype, wide: bool) -> dict[
     tiles = 4 if padded <= 128 and wide else 2
     n = 64 if padded <= 128 else 32
     return {
-        "packed": {"M": m, "TILES": tiles, "num_warps": 8 if m == 128 else 4, "num_stages": 2},
+        "packed": {"M": min(m, 64), "TILES": tiles, "num_warps": 4, "num_stages": 2},
         "exact": {"M": m, "N": n, "num_warps": 8 if m == 128 else 4, "num_stages": 3 if padded <= 128 else 2},
     }
 

@@ -20,6 +20,8 @@ from .query import prepare_kernel
 
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 512
+TILE = 32
+CHUNK = 64
 
 
 class Codebook(Protocol):
@@ -29,8 +31,7 @@ class Codebook(Protocol):
     table: tuple[int, ...]
     unit: float
     offset: float
-
-    def tensor(self, device: torch.device) -> torch.Tensor: ...
+    levels: tuple[float, ...]
 
 
 def _gluon_obstacle(device: torch.device) -> str | None:
@@ -54,6 +55,12 @@ def table_words(bits: int, table: tuple[int, ...]) -> tuple[int, int]:
     eight = (list(table) * 8)[:8]
     low, high = (int.from_bytes(bytes(part), "little") for part in (eight[:4], eight[4:]))
     return tuple(w - (1 << 32) if w >> 31 else w for w in (low, high))  # type: ignore[return-value]
+
+
+@lru_cache
+def grid_levels(book: Codebook, device: torch.device) -> torch.Tensor:
+    """The levels of a codebook in grid units, which fp16 holds exactly: float16 [2 ** bits]."""
+    return torch.tensor([level * book.unit for level in book.levels], dtype=torch.float16, device=device)
 
 
 def _tiled(name: str, x: torch.Tensor, inner: tuple[int, ...]) -> tuple[int, int]:
@@ -82,10 +89,13 @@ def configure(head_dim: int, head_tiles: int, k_bits: int, v_bits: int) -> Confi
     return Config(tiles=2, stages=2, registers=128, resident=16)
 
 
-def split_count(programs: int, tiles: int, resident: int, tiles_per_step: int) -> int:
-    """How many splits fill `resident` slots with `programs` programs each, at least four steps to a split."""
+def split_count(programs: int, tiles: int, slots: int, tiles_per_step: int) -> int:
+    """How many splits fill `slots` with `programs` programs each, at least four steps to a split.
+
+    One slot in every program's share is left to its exact tokens.
+    """
     most = max(1, triton.cdiv(tiles, 4 * tiles_per_step))
-    return max(1, min(resident // programs, most, MAX_SPLITS))
+    return max(1, min(slots // programs - 1, most, MAX_SPLITS))
 
 
 def decode_attention(
@@ -150,25 +160,39 @@ def decode_attention(
     else:
         rotated = torch.empty(rows * dim, dtype=f32, device=device)
     meta = torch.empty(batch * heads * head_tiles * 32, dtype=f32, device=device)
-    exact_o, exact_ml = torch.empty(rows * dim, dtype=f32, device=device), torch.empty(2 * rows, dtype=f32, device=device)
+    # The Gluon kernel attends to a 16-bit window itself, at the same time as to the packed tiles.
+    separate = not use_gluon or k_recent.dtype.itemsize != 2 or k_sinks.dtype != k_recent.dtype
+    # Exact tokens a row can have: the sinks, the window, and what waits for its tile to fill.
+    exact_tokens = max(1, sinks + (min(window + TILE, capacity) if capacity else 0))
+    # An exact token costs about two packed ones.
+    chunk = CHUNK if separate else TILE * max(1, triton.cdiv(tiles, 2 * splits))
+    chunks = triton.cdiv(exact_tokens, chunk)
+    exact_o = torch.empty(rows * chunks * dim, dtype=f32, device=device)
+    exact_ml = torch.empty(2 * rows * chunks, dtype=f32, device=device)
+    merged = torch.empty(2 * rows * dim, dtype=f32, device=device)
     split_o = torch.empty(rows * splits * dim, dtype=f32, device=device)
     split_ml = torch.empty(2 * rows * splits, dtype=f32, device=device)
     out = torch.empty(batch, q_heads, 1, dim, dtype=q.dtype, device=device)
 
-    prepare_kernel[(batch * heads, triton.cdiv(group, 16))](
+    half_precision = q.dtype.itemsize == 2 and k_recent.dtype.itemsize == 2
+    exact_programs = batch * heads * triton.cdiv(group, 16) * chunks if separate else 0
+    prepare_kernel[(heads * triton.cdiv(batch * group, 16) + exact_programs,)](
         q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, meta, exact_o, exact_ml,
-        q.stride(0), q.stride(1), *sink_strides, *recent_strides, heads, sinks, window, capacity, factor,
-        1.0 / key_book.unit if use_gluon else 1.0, cap, *table_words(key_book.bits, key_book.table),
-        *table_words(value_book.bits, value_book.table), key_book.offset,
-        G=group, D=dim, DP=padded, SPLIT_INT8=use_gluon, SOFTCAP=softcap > 0, BLOCK=32, num_warps=4,
+        q.stride(0), q.stride(1), *sink_strides, *recent_strides, batch, heads, sinks, window, capacity, chunks, factor,
+        1.0 / key_book.unit, cap, *table_words(key_book.bits, key_book.table),
+        *table_words(value_book.bits, value_book.table), K_HALF=key_book.offset,
+        G=group, D=dim, DP=padded, KC=32, SPLIT_INT8=use_gluon, SOFTCAP=softcap > 0, EXACT=separate, CHUNK=CHUNK,
+        PRECISION="tf32" if half_precision else "tf32x3", num_warps=8,
     )  # fmt: skip
     if use_gluon:
         from .decode_gluon import gluon_splits_kernel
         from .fragments import unpack_asm, unpack_constraints
 
-        gluon_splits_kernel[(splits, batch * heads, triton.cdiv(head_tiles, tiles_per_program))](
-            rotated, meta, k_codes.view(torch.int8), k_scales, v_codes.view(torch.int8), v_scales, length, start,
-            split_o, split_ml, *key_strides, *value_strides, heads, sinks, window, capacity, splits, cap,
+        here = 0 if separate else chunks
+        gluon_splits_kernel[(here + splits, batch * heads, triton.cdiv(head_tiles, tiles_per_program))](
+            rotated, meta, k_codes.view(torch.int8), k_scales, v_codes.view(torch.int8), v_scales, q, k_sinks, v_sinks, k_recent, v_recent,
+            length, start, split_o, split_ml, exact_o, exact_ml, *key_strides, *value_strides, q.stride(0), q.stride(1),
+            *sink_strides, *recent_strides, heads, sinks, window, capacity, splits, here, chunk, factor, cap,
             1.0 / value_book.unit, G=group, D=dim, K_BITS=key_book.bits, V_BITS=value_book.bits, HT=tiles_per_program,
             TILES=config.tiles, STAGES=config.stages, SOFTCAP=softcap > 0,
             K_ASM=unpack_asm(key_book.bits, False), K_CONSTRAINTS=unpack_constraints(key_book.bits),
@@ -180,15 +204,15 @@ def decode_attention(
         v_strides = (value_strides[0] // 4, value_strides[1] // 4, *value_strides[2:])
         portable_splits_kernel[(splits, batch * heads, triton.cdiv(group, 16))](
             rotated, meta, k_codes.view(torch.int32), k_scales, v_codes.view(torch.int32), v_scales,
-            key_book.tensor(device), value_book.tensor(device), length, start, split_o, split_ml, *k_strides, *v_strides,
-            heads, sinks, window, capacity, splits, cap, 1.0, G=group, D=dim, DP=padded,
-            K_BITS=key_book.bits, V_BITS=value_book.bits, SOFTCAP=softcap > 0, PRECISION="tf32x3", num_warps=4,
+            grid_levels(key_book, device), grid_levels(value_book, device), length, start, split_o, split_ml, *k_strides, *v_strides,
+            heads, sinks, window, capacity, splits, cap, 1.0 / value_book.unit, G=group, D=dim, DP=padded,
+            K_BITS=key_book.bits, V_BITS=value_book.bits, SOFTCAP=softcap > 0, num_warps=8, num_stages=1,
         )  # fmt: skip
-    # Few rows: one head to a program, many splits at a time.
-    per_program = 1 if rows <= 2 * _multiprocessors(device) else min(16, triton.next_power_of_2(group))
-    combine_kernel[(batch * heads, triton.cdiv(group, per_program))](
-        split_o, split_ml, exact_o, exact_ml, output_map, value_shift, sink_logits if sink_logits is not None else exact_ml,
-        out, heads, splits, G=group, D=dim, DP=padded, R=per_program, SLOTS=max(16, per_program),
-        HAS_SINK=sink_logits is not None, num_warps=4,
+    # Few queries: one to a program and many splits at a time.
+    per_program = 1 if rows <= 4 * _multiprocessors(device) else min(16, triton.next_power_of_2(batch * group))
+    combine_kernel[(heads, triton.cdiv(batch * group, per_program))](
+        split_o, split_ml, exact_o, exact_ml, output_map, value_shift, sink_logits if sink_logits is not None else meta,
+        merged, out, batch, heads, splits, chunks, G=group, D=dim, DP=padded, R=per_program, SLOTS=32, KC=32,
+        HAS_SINK=sink_logits is not None, num_warps=8,
     )  # fmt: skip
     return out

@@ -6,7 +6,7 @@ Per step of TILES tiles (32 tokens each) of one KV head, for up to 8 HT query he
     m'  = max(m, max s)            p = 2 ** (s - m')
     O^T = O^T * 2 ** (m - m') + V^T (p |v|)^T        fp16 x fp16 -> float32 (m16n8k16)
 
-Grid: (splits, batch * KV heads, tiles of 8 HT query heads).  Block: one warp with its own online softmax, a ring of
+Grid: (chunks of exact tokens + splits, batch * KV heads, tiles of 8 HT query heads).  Block: one warp with its own online softmax, a ring of
 STAGES steps filled by cp.async.  Rows of different length split what they have: the grid only knows the capacity.
 """
 
@@ -256,10 +256,103 @@ def _step(
 
 
 @gluon.jit
+def _attend_exact(
+    q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, first_head, chunk, n, packed, sinks, capacity,
+    chunk_tokens, factor, cap, G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, SOFTCAP: gl.constexpr, S_L: gl.constexpr,
+):  # fmt: skip
+    """Online softmax of 8 query heads over chunk_tokens exact tokens, 32 at a time: maximum, sum, output for each QD dimensions.
+
+    Queries and probabilities enter the 16-bit products as high + low part: 16 bits or more.
+    """
+    QA: gl.constexpr = gl.DotOperandLayout(0, S_L, 2)
+    KB: gl.constexpr = gl.DotOperandLayout(1, S_L, 2)
+    PARTS: gl.constexpr = D // QD
+    dtype: gl.constexpr = k_recent.dtype.element_ty
+    row = gl.arange(0, 16, gl.SliceLayout(1, QA))
+    col = gl.arange(0, QD, gl.SliceLayout(0, QA))
+    k_dim = gl.arange(0, QD, gl.SliceLayout(1, KB))
+    k_token = gl.arange(0, 32, gl.SliceLayout(0, KB))
+    v_dim = gl.arange(0, QD, gl.SliceLayout(1, QA))
+    v_token = gl.arange(0, 32, gl.SliceLayout(0, QA))
+    hi0, lo0 = _halves(gl.zeros([16, 32], gl.float32, S_L))
+    SL: gl.constexpr = hi0.type.layout
+    token = gl.arange(0, 32, gl.SliceLayout(0, SL))
+    in_sinks = gl.minimum(n, sinks)
+    count = in_sinks + gl.where(capacity == 0, 0, gl.maximum(n - sinks, 0) - packed)
+    slots = gl.maximum(capacity, 1)
+
+    x = ()
+    acc = ()
+    for c in gl.static_range(PARTS):
+        head = gl.minimum(first_head + row % 8, G - 1)
+        full = gl.load(q + head[:, None] * stride_qh + (c * QD + col)[None, :]).to(gl.float32)
+        x_high = full.to(dtype)
+        x_low = (full - x_high.to(gl.float32)).to(dtype)
+        x = x + (gl.where((row < 8)[:, None], x_high, x_low),)
+        acc = acc + (gl.zeros([QD, 8], gl.float32, S_L),)
+    m = gl.full([8], -1e30, gl.float32, gl.SliceLayout(1, SL))
+    l = gl.full([8], 0.0, gl.float32, gl.SliceLayout(1, SL))
+    for begin in range(chunk * chunk_tokens, gl.minimum(count, (chunk + 1) * chunk_tokens), 32):
+        k_index = begin + k_token
+        k_live = (k_index < count)[None, :] & (k_dim >= 0)[:, None]
+        p_k = k_recent + at_r + (packed + k_index - in_sinks) % slots * D
+        p_k = gl.where(k_index < in_sinks, k_sinks + at_s + k_index * D, p_k)
+        v_index = begin + v_token
+        v_live = (v_index < count)[None, :] & (v_dim >= 0)[:, None]
+        p_v = v_recent + at_r + (packed + v_index - in_sinks) % slots * D
+        p_v = gl.where(v_index < in_sinks, v_sinks + at_s + v_index * D, p_v)
+        total = gl.zeros([16, 32], gl.float32, S_L)
+        for c in gl.static_range(PARTS):
+            k = gl.load(p_k[None, :] + (c * QD + k_dim)[:, None], mask=k_live, other=0.0)
+            total = mma_v2(x[c], k, total)
+        s_high, s_low = _halves(total)
+        s = (s_high + s_low) * factor
+        if SOFTCAP:
+            s = _softcapped(s, cap)
+        s = gl.where((begin + token < count)[None, :], s, float("-inf"))
+        top = gl.maximum(m, gl.max(s, axis=1))
+        alpha = gl.exp2(m - top)
+        p = gl.exp2(s - top[:, None])
+        l = l * alpha + gl.sum(p, axis=1)
+        m = top
+        p_high = p.to(dtype)
+        p_low = (p - p_high.to(gl.float32)).to(dtype)
+        p_high = gl.convert_layout(gl.permute(p_high, (1, 0)), KB, assert_trivial=True)
+        p_low = gl.convert_layout(gl.permute(p_low, (1, 0)), KB, assert_trivial=True)
+        column_alpha = gl.convert_layout(alpha, gl.SliceLayout(0, S_L))
+        fresh = ()
+        for c in gl.static_range(PARTS):
+            v = gl.load(p_v[None, :] + (c * QD + v_dim)[:, None], mask=v_live, other=0.0)
+            o = mma_v2(v, p_high, acc[c] * column_alpha[None, :])
+            fresh = fresh + (mma_v2(v, p_low, o),)
+        acc = fresh
+    return m, l, acc, chunk * chunk_tokens < count
+
+
+@gluon.jit
+def _store_part(
+    p_o, p_ml, m, l, acc, live, factor, at_part, rows, first_head,
+    G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, S_L: gl.constexpr,
+):  # fmt: skip
+    """Store the result of 8 heads: entry at_part + head of p_o [.., D] (if live) and of p_ml [2, rows]."""
+    dim = gl.arange(0, QD, gl.SliceLayout(1, S_L))
+    column = first_head + gl.arange(0, 8, gl.SliceLayout(0, S_L))
+    head = first_head + gl.arange(0, 8, m.type.layout)
+    if live:
+        for c in gl.static_range(D // QD):
+            to = p_o + at_part * D + column[None, :] * D + (c * QD + dim)[:, None]
+            gl.store(to, acc[c] * factor, mask=(column < G)[None, :] & (dim >= 0)[:, None])
+    gl.store(p_ml + at_part + head, m, mask=head < G)
+    gl.store(p_ml + rows + at_part + head, l, mask=head < G)
+
+
+@gluon.jit
 def gluon_splits_kernel(
-    rotated, meta, k_codes, k_scales, v_codes, v_scales, length, start, split_o, split_ml,
+    rotated, meta, k_codes, k_scales, v_codes, v_scales, q, k_sinks, v_sinks, k_recent, v_recent, length, start,
+    split_o, split_ml, exact_o, exact_ml,
     stride_kb, stride_kh, stride_ksb, stride_ksh, stride_vb, stride_vh, stride_vsb, stride_vsh,
-    heads, sinks, window, capacity, splits, cap, inverse_unit,
+    stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
+    heads, sinks, window, capacity, splits, chunks, chunk_tokens, factor, cap, inverse_unit,
     G: gl.constexpr, D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, HT: gl.constexpr,
     TILES: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
     K_ASM: gl.constexpr, K_CONSTRAINTS: gl.constexpr, V_ASM: gl.constexpr, V_CONSTRAINTS: gl.constexpr,
@@ -268,7 +361,8 @@ def gluon_splits_kernel(
     """Un-normalised output, maximum (log2, bias included) and sum of each split of the packed tokens.
 
     rotated: int8 [B * H, tiles of 8 heads, 16, D] and meta as `query.prepare_kernel` writes them; codes as int8
-    [B, H, T, tile bytes]; scales fp16 [B, H, T, 32]; outputs as `combine.combine_kernel` reads them.
+    [B, H, T, tile bytes]; scales fp16 [B, H, T, 32]; sinks and recent tokens in a 16-bit dtype if chunks > 0, else the
+    exact part is done elsewhere; outputs as `combine.combine_kernel` reads them.
     """
     GROUPS: gl.constexpr = D // 32
     CHUNKS: gl.constexpr = 1 if (GROUPS & (GROUPS - 1)) == 0 else GROUPS
@@ -289,7 +383,7 @@ def gluon_splits_kernel(
     COPY_SCALE: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
 
-    split = gl.program_id(0)
+    split = gl.program_id(0) - chunks
     bh = gl.program_id(1)
     group = gl.program_id(2) * HT
     b = (bh // heads).to(gl.int64)
@@ -299,6 +393,19 @@ def gluon_splits_kernel(
     packed = gl.where(capacity == 0, gl.maximum(n - sinks, 0), gl.maximum(n - sinks - window, 0) // 32 * 32)
     tiles = (packed + 31) // 32
     steps = (tiles + TILES - 1) // TILES
+    if split < 0:
+        at_q = q + b * stride_qb + h * G * stride_qh
+        at_s = b * stride_sb + h * stride_sh
+        at_r = b * stride_rb + h * stride_rh
+        at_part = (bh * chunks + split + chunks).to(gl.int64) * G
+        rows = gl.num_programs(1).to(gl.int64) * chunks * G
+        for x in gl.static_range(HT):
+            m, l, acc, live = _attend_exact(
+                at_q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, (group + x) * 8, split + chunks,
+                n, packed, sinks, capacity, chunk_tokens, factor, cap, G, D, 32, SOFTCAP, S_L,
+            )  # fmt: skip
+            _store_part(exact_o, exact_ml, m, l, acc, live, 1.0, at_part, rows, (group + x) * 8, G, D, 32, S_L)
+        return
     first = (split.to(gl.int64) * steps // splits).to(gl.int32)
     end = ((split + 1).to(gl.int64) * steps // splits).to(gl.int32)
 
@@ -379,20 +486,28 @@ def gluon_splits_kernel(
             K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
         )  # fmt: skip
 
-    dim = gl.arange(0, 32 * CHUNK_GROUPS, gl.SliceLayout(1, S_L))
-    column = gl.arange(0, 8, gl.SliceLayout(0, S_L))
     at_split = (bh * splits + split).to(gl.int64) * G
     rows = gl.num_programs(1).to(gl.int64) * splits * G
     for x in gl.static_range(HT):
-        heads_here = (group + x) * 8
-        if end > first:
-            for c in gl.static_range(CHUNKS):
-                to = (heads_here + column)[None, :] * D + (c * 32 * CHUNK_GROUPS + dim)[:, None]
-                inside = ((heads_here + column)[None, :] < G) & (dim[:, None] >= 0)
-                gl.store(split_o + at_split * D + to, acc[x * CHUNKS + c] * inverse_unit, mask=inside)
         m_out = m[x] - RESCALE
         if not SOFTCAP:
             m_out = m_out + bias[x]
-        p_ml = split_ml + at_split + heads_here + head
-        gl.store(p_ml, m_out, mask=heads_here + head < G)
-        gl.store(p_ml + rows, l[x], mask=heads_here + head < G)
+        mine = ()
+        for c in gl.static_range(CHUNKS):
+            mine = mine + (acc[x * CHUNKS + c],)
+        _store_part(
+            split_o,
+            split_ml,
+            m_out,
+            l[x],
+            mine,
+            end > first,
+            inverse_unit,
+            at_split,
+            rows,
+            (group + x) * 8,
+            G,
+            D,
+            QD,
+            S_L,
+        )

@@ -42,12 +42,12 @@ def portable_splits_kernel(
     stride_kb, stride_kh, stride_ksb, stride_ksh, stride_vb, stride_vh, stride_vsb, stride_vsh,
     heads, sinks, window, capacity, splits, cap, inverse_unit,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Un-normalised output, maximum (log2, bias included) and sum of each split of the packed tokens.
 
     rotated: float32 [B * Hq, D]; meta: as `query.prepare_kernel` writes it; k_codes, v_codes: int32 words
-    [B, H, T, words]; levels: float32 [2 ** bits] in grid units; outputs as `combine.combine_kernel` reads them.
+    [B, H, T, words]; levels: fp16 [2 ** bits] in grid units; outputs as `combine.combine_kernel` reads them.
     """
     split = tl.program_id(0)
     bh = tl.program_id(1)
@@ -64,6 +64,11 @@ def portable_splits_kernel(
     TILES: tl.constexpr = (G + 7) // 8
     p_meta = meta + (bh.to(tl.int64) * TILES + head // 8) * 32 + head % 8
     bias = tl.load(p_meta + 8, mask=has_head, other=0.0)
+    # Grid levels are exact in fp16; queries and probabilities are split in two fp16 parts, high + low / 2048.
+    step = tl.maximum(tl.max(tl.abs(y), axis=1), 1e-37)
+    y = y * (1.0 / step)[:, None]
+    y_hi = y.to(tl.float16)
+    y_lo = ((y - y_hi.to(tl.float32)) * 2048.0).to(tl.float16)
 
     n = tl.maximum(tl.load(length) - tl.load(start + b), 0).to(tl.int32)
     packed = packed_count(n, sinks, window, capacity)
@@ -91,8 +96,8 @@ def portable_splits_kernel(
         live = tile * 32 + tok < packed
         k_code = _codes(p_k + at * (D * K_BITS), k_at, k_shift, k_spread, in_dim[:, None], D, K_BITS)
         k = tl.load(k_levels + k_code, mask=in_dim[:, None], other=0.0)
-        s = tl.dot(y, k, input_precision=PRECISION)
-        s *= tl.load(p_ks + at * 32, mask=live, other=0.0).to(tl.float32)[None, :]
+        s = tl.dot(y_hi, k) + tl.dot(y_lo, k) * (1.0 / 2048.0)
+        s *= step[:, None] * tl.load(p_ks + at * 32, mask=live, other=0.0).to(tl.float32)[None, :]
         if SOFTCAP:
             s = softcapped(s + bias[:, None], cap)
         s = tl.where(live[None, :], s, float("-inf"))
@@ -103,7 +108,9 @@ def portable_splits_kernel(
         p *= tl.load(p_vs + at * 32, mask=live, other=0.0).to(tl.float32)[None, :]
         v_code = _codes(p_v + at * (D * V_BITS), v_at, v_shift, v_spread, in_dim[None, :], D, V_BITS)
         v = tl.load(v_levels + v_code, mask=in_dim[None, :], other=0.0)
-        acc = acc * alpha[:, None] + tl.dot(p, v, input_precision=PRECISION)
+        p_hi = p.to(tl.float16)
+        p_lo = ((p - p_hi.to(tl.float32)) * 2048.0).to(tl.float16)
+        acc = acc * alpha[:, None] + tl.dot(p_hi, v) + tl.dot(p_lo, v) * (1.0 / 2048.0)
         m = m_new
         at += 1
     if not SOFTCAP:

@@ -14,7 +14,11 @@ from triton.experimental.gluon import language as gl
 
 def _half(register: str, low: int, table: str) -> list[str]:
     """PRMT of nibbles 0-3 and 4-7 of `register` into outputs low and low + 1."""
-    return [f"prmt.b32 ${low}, {table}, {register};", f"shr.b32 u, {register}, 16;", f"prmt.b32 ${low + 1}, {table}, u;"]
+    return [
+        f"prmt.b32 ${low}, {table}, {register};",
+        f"shr.b32 u, {register}, 16;",
+        f"prmt.b32 ${low + 1}, {table}, u;",
+    ]
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""Quality experiments: `pareto` (bits against KL) and `sensitivity` (which metric ranks layers)."""
+"""Quality experiments: `pareto` (bits against KL), `ablation`, and `sensitivity` (which metric ranks layers)."""
 
 import argparse
 import json
@@ -17,6 +17,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     for name, text in (
         ("pareto", "stored bits against KL and perplexity: schedules, baselines, KIVI-style rounding"),
+        ("ablation", "map variants, gains and fitted decoders, one at a time"),
         ("sensitivity", "rank correlation of each sensitivity metric with measured per-layer KL"),
     ):
         p = commands.add_parser(name, help=text, description=text)
@@ -31,9 +32,9 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--all-layers", action="store_true", help="quantise sliding-window layers too")
         p.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/<command>_<model>.json")
         p.add_argument("--quiet", action="store_true", help="no progress bars")
-    commands.choices["pareto"].add_argument(
-        "--budgets", type=float, nargs="+", default=[1.75, 2.0, 2.25, 2.5, 3.0, 3.5]
-    )
+    for name, budgets in (("pareto", [1.75, 2.0, 2.25, 2.5, 3.0, 3.5]), ("ablation", [2.25, 3.0])):
+        p = commands.choices[name]
+        p.add_argument("--budgets", type=float, nargs="+", default=budgets, help="average code bits")
     commands.choices["pareto"].add_argument("--repair", type=int, default=0, help="measured swaps per budget")
     commands.choices["sensitivity"].add_argument("--bits", type=int, nargs="+", default=[2, 3])
     return top
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The experiment's result."""
+    from tq_ao.evaluation.ablation import ablation
     from tq_ao.evaluation.pareto import Options, pareto
     from tq_ao.evaluation.rank_metrics import rank_metrics
     from tq_ao.evaluation.setup import prepare
@@ -50,14 +52,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed, all_layers=args.all_layers,
     )  # fmt: skip
     progress = not args.quiet
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
     if args.command == "pareto":
         options = Options(
             budgets=args.budgets, window=args.window, sinks=args.sinks, repair_evaluations=args.repair, seed=args.seed
         )
-        return pareto(setup, options, progress=progress, report=lambda line: print(line, flush=True))
-    return rank_metrics(
-        setup, args.bits, args.window, args.sinks, args.seed, progress, lambda line: print(line, flush=True)
-    )
+        return pareto(setup, options, progress=progress, report=say)
+    if args.command == "ablation":
+        return ablation(setup, args.budgets, args.window, args.sinks, args.seed, progress, say)
+    return rank_metrics(setup, args.bits, args.window, args.sinks, args.seed, progress, say)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,12 +18,16 @@ SHARE: dict[Role, float] = {"key": 0.5, "value": 1.0}  # of the way from least s
 
 
 @lru_cache
-def gain(bits: int, role: Role) -> float:
-    """Factor for the reader of `bits`-bit levels; 1 at 8 and 16 bits, where nothing shrinks."""
+def gain(bits: int, role: Role, share: float | None = None) -> float:
+    """Factor for the reader of `bits`-bit levels; 1 at 8 and 16 bits, where nothing shrinks.
+
+    Args:
+        share: of the way from least squares (0) to unbiased (1); default SHARE[role].
+    """
     if bits in (8, EXACT):
         return 1.0
     mse = gaussian_mse(codebook(bits, role).levels)
-    return 1 + SHARE[role] * (1 / (1 - mse) - 1)
+    return 1 + (SHARE[role] if share is None else share) * (1 / (1 - mse) - 1)
 
 
 def compensated(maps: LayerMaps, k_bits: int, v_bits: int) -> LayerMaps:

@@ -17,7 +17,7 @@ from tq_ao.reference import quantize
 from tq_ao.rotation import LayerMaps
 
 EXACT_BITS = 16
-BLOCK = 256  # rows of the score matrix held at a time; GPU_BLOCK keeps a GPU busy
+BLOCK = 64  # rows of the score matrix held at a time, to stay in a CPU cache; GPU_BLOCK keeps a GPU busy
 GPU_BLOCK = 1024
 
 

@@ -1,0 +1,53 @@
+"""The experiments run end to end on a tiny model and write what their readers expect."""
+
+import pytest
+import tiny
+import torch
+
+from tq_ao.calibration.allocation import Shape
+from tq_ao.evaluation.ablation import GAIN_SHARES, ablation
+from tq_ao.evaluation.pareto import Options, pareto
+from tq_ao.evaluation.rank_metrics import rank_metrics
+from tq_ao.evaluation.setup import Setup, plain_maps
+
+
+@pytest.fixture
+def setup(rng):
+    model = tiny.model(num_hidden_layers=4)
+    plain = plain_maps(model, [0, 1, 2, 3])
+    windows = torch.randint(2, 97, (5, 160), generator=rng)
+    shape = Shape({i: tuple(m.key_shift.shape) for i, m in plain.items()})
+    return Setup("tiny", model, windows[:3], windows[3:], plain, shape, "random tokens")
+
+
+def test_pareto_rows(setup):
+    found = pareto(setup, Options(budgets=(2.5,), window=16, sinks=2, repair_evaluations=3))
+    methods = [row["method"] for row in found["rows"]]
+    for method in ("uniform, plain", "uniform, calibrated", "schedule, plain", "schedule, calibrated, repaired"):
+        assert method in methods
+    assert {"model", "text", "versions", "commit", "device", "rows"} <= set(found)
+    for row in found["rows"]:
+        assert row["kl"] > 0
+        assert row["stored_bits"] > row["code_bits"]
+        assert (row["window"], row["sinks"]) == (16, 2)
+        if "schedule" in row:
+            pairs = row["schedule"].values()
+            assert row["code_bits"] == pytest.approx(sum(k + v for k, v in pairs) / 8, abs=1e-4)
+    by_bits = {row["code_bits"]: row["kl"] for row in found["rows"] if row["method"] == "uniform, plain"}
+    assert by_bits[2] > by_bits[3] > by_bits[4]
+
+
+def test_ablation_rows(setup):
+    found = ablation(setup, [2.5], 16, 2, 0)
+    gains = [row for row in found["rows"] if row["experiment"] == "gain"]
+    assert len(gains) == len(GAIN_SHARES)
+    assert len({row["kl"] for row in gains}) == len(gains)
+    assert {row["experiment"] for row in found["rows"]} == {"keys only", "values only", "gain", "decoder"}
+
+
+def test_rank_metrics_table(setup):
+    found = rank_metrics(setup, (2,), 16, 2, 0, False, lambda line: None)
+    rows = {row["metric"]: row for row in found["rows"]}
+    assert set(rows) == {"weight", "activation", "output", "taylor", "kl"}
+    assert all(abs(row["both"]) <= 1 + 1e-9 for row in rows.values())
+    assert set(found["tables"]["taylor"]) == {f"{i}/{side}/2" for i in range(4) for side in ("key", "value")}

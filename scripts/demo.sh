@@ -11,4 +11,4 @@ if [ -f "$output/config.json" ]; then
 else
     python scripts/convert.py smollm2-135m --schedule auto --output-dir "$output"
 fi
-python scripts/generate.py "$output" --max-new-tokens 300 --prompt "Once upon a time, a lighthouse keeper found a letter."
+python scripts/generate.py "$output" --sample --max-new-tokens 300 --prompt "Once upon a time, a lighthouse keeper found a letter."

@@ -1,0 +1,47 @@
+"""A layer's cache as the list of tensors that `reference.append_` and the kernels take, and random maps for it."""
+
+import torch
+
+from tq_ao.packing import TILE, tile_bytes
+from tq_ao.rotation import LayerMaps, rotations
+
+
+def empty_cache(
+    batch: int = 2, heads: int = 2, dim: int = 64, tokens: int = 256, k_bits: int = 3, v_bits: int = 4,
+    sinks: int = 4, window: int = 32, capacity: int | None = None, dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> list[torch.Tensor]:  # fmt: skip
+    """k_codes, k_scales, v_codes, v_scales, k_sinks, v_sinks, k_recent, v_recent; packed parts poisoned."""
+    tiles = -(-tokens // TILE)
+    ring = window + 2 * TILE if capacity is None else capacity
+    state: list[torch.Tensor] = []
+    for bits in (k_bits, v_bits):
+        state.append(torch.full((batch, heads, tiles, tile_bytes(bits, dim)), 0xFF, dtype=torch.uint8, device=device))
+        state.append(torch.full((batch, heads, tiles, TILE), torch.nan, dtype=torch.float16, device=device))
+    for slots in (sinks, sinks, ring, ring):
+        state.append(torch.zeros(batch, heads, slots, dim, dtype=dtype, device=device))
+    return state
+
+
+def maps(heads: int, dim: int, rng: torch.Generator) -> LayerMaps:
+    """Dense rotations with a mild stretch, so that key and query (value and output) maps differ, and small shifts."""
+    r = rotations("dense", heads, dim, int(torch.randint(2**31, (), generator=rng)))
+    stretch = 0.5 + torch.rand(heads, 1, dim, generator=rng)
+    shift = torch.randn(2, heads, dim, generator=rng) / 4
+    inverse = (r / stretch).contiguous()
+    forward = (r * stretch).contiguous()
+    return LayerMaps(
+        key=forward,
+        query=inverse,
+        value=forward,
+        output=inverse.mT.contiguous(),
+        key_shift=shift[0],
+        value_shift=shift[1],
+    )
+
+
+def tokens(
+    batch: int, heads: int, count: int, dim: int, rng: torch.Generator, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Random [B, H, N, D] with the strides models hand over: a view of [B, N, H, D]."""
+    return torch.randn(batch, count, heads, dim, generator=rng).to(dtype).transpose(1, 2)

@@ -1,0 +1,99 @@
+"""Ops: schema, fake and dispatch (torch.library.opcheck), and the errors of a named implementation."""
+
+import layer_state
+import pytest
+import torch
+
+from tq_ao import ops, reference
+
+DIM, WINDOW = 64, 32
+
+
+def layer(rng: torch.Generator, seen: int = 150) -> tuple[list[torch.Tensor], list, list]:
+    """A filled cache, its maps as `append_` takes them and as attention takes them."""
+    maps = layer_state.maps(2, DIM, rng)
+    state = layer_state.empty_cache(dim=DIM, tokens=256)
+    write = [maps.key, maps.key_shift, maps.value, maps.value_shift]
+    read = [maps.query, maps.key_shift, maps.output, maps.value_shift]
+    k, v = (layer_state.tokens(2, 2, seen, DIM, rng) for _ in range(2))
+    ops.append_(*state, k, v, torch.tensor(0), torch.tensor([0, 5]), *write, WINDOW)
+    for i in (1, 3):
+        state[i].nan_to_num_()
+    return state, write, read
+
+
+def call(name: str, rng: torch.Generator) -> tuple[list, dict]:
+    """Arguments of one op."""
+    state, write, read = layer(rng)
+    place = [torch.tensor(150), torch.tensor([0, 5])]
+    x = [layer_state.tokens(2, 2, 40, DIM, rng) for _ in range(2)]
+    if name == "encode":
+        return [x[0], write[0], write[1], 3, "key"], {}
+    if name == "append_":
+        return [*state, *x, *place, *write, WINDOW], {}
+    if name == "decode":
+        return [state[0], state[1], DIM, "key"], {}
+    q_len = 1 if name == "decode_attention" else 40
+    q = layer_state.tokens(2, 4, q_len, DIM, rng)
+    new = x if name == "extend_attention" else []
+    extras = {"softcap": 20.0, "sink_logits": torch.randn(4, generator=rng)}
+    return [q, *new, *state, *place, *read, WINDOW, 0.125], extras
+
+
+NAMES = ["encode", "decode", "append_", "decode_attention", "extend_attention"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str, rng: torch.Generator) -> None:
+    args, kwargs = call(name, rng)
+    torch.library.opcheck(getattr(torch.ops.tq_ao, name).default, tuple(args), kwargs)
+
+
+def test_cpu_tensors_run_the_reference(rng: torch.Generator) -> None:
+    args, kwargs = call("extend_attention", rng)
+    q, k_new, v_new, *rest = args
+    want = reference.attention(q, *rest, kwargs["softcap"], kwargs["sink_logits"], k_new, v_new)
+    for impl in ("auto", "reference"):
+        assert torch.equal(ops.extend_attention(*args, **kwargs, impl=impl), want)
+
+
+@pytest.mark.parametrize("impl", ["triton", "gluon"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "decode"])
+def test_a_named_implementation_never_falls_back(name: str, impl: str, rng: torch.Generator) -> None:
+    args, kwargs = call(name, rng)
+    with pytest.raises(ValueError, match=f"impl='{impl}' does not run on cpu.*reference"):
+        getattr(ops, name)(*args, **kwargs, impl=impl)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "decode"])
+def test_an_unknown_implementation_lists_the_known_ones(name: str, rng: torch.Generator) -> None:
+    args, kwargs = call(name, rng)
+    with pytest.raises(ValueError, match=r"expected impl in \('auto', 'gluon', 'triton', 'reference'\), got 'fast'"):
+        getattr(ops, name)(*args, **kwargs, impl="fast")
+
+
+def test_append_mutates_its_buffers_and_only_those(rng: torch.Generator) -> None:
+    args, _ = call("append_", rng)
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    ops.append_(*args)
+    changed = [
+        i
+        for i, (a, b) in enumerate(zip(args, before, strict=True))
+        if isinstance(a, torch.Tensor) and not torch.equal(a, b)
+    ]
+    assert changed == [0, 1, 2, 3, 6, 7]  # sinks were full already
+
+
+def test_compiled_append_then_attention_sees_the_new_tokens(rng: torch.Generator) -> None:
+    state, write, read = layer(rng)
+    start = torch.tensor([0, 5])
+    k, v, q = (layer_state.tokens(2, h, 1, DIM, rng) for h in (2, 2, 4))
+
+    def step(length: torch.Tensor) -> torch.Tensor:
+        ops.append_(*state, k, v, length, start, *write, WINDOW)
+        return ops.decode_attention(q, *state, length + 1, start, *read, WINDOW, 0.125)
+
+    copy = [t.clone() for t in state]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(torch.tensor(150))
+    state[:] = copy
+    assert torch.equal(compiled, step(torch.tensor(150)))

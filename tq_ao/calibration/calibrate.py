@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -171,10 +171,11 @@ def collect(
         for i in layers:
             accumulate(statistics[i], traces.pop(i), window, sinks)
     for module in model.modules():
-        i = getattr(module, "layer_idx", None)
-        if i in statistics and hasattr(module, "o_proj"):
-            heads, dim = next(iter(statistics[i].moments.values())).first.shape
-            statistics[i].readout = readout_gram(module.o_proj.weight.detach(), heads, dim)
+        attention: Any = module
+        layer: Any = getattr(module, "layer_idx", None)
+        if layer in statistics and hasattr(module, "o_proj"):
+            heads, dim = next(iter(statistics[layer].moments.values())).first.shape
+            statistics[layer].readout = readout_gram(attention.o_proj.weight.detach(), heads, dim)
     return statistics
 
 

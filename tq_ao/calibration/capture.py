@@ -6,7 +6,7 @@ Mistral, Phi, ...).  Rows are whole unpadded windows, so the mask is causal plus
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class AttentionCall:
     softcap: float = 0.0
     sliding: int | None = None
     sink_logits: torch.Tensor | None = None
+
+    def float(self) -> "AttentionCall":
+        """The same call, detached and in float32."""
+        return replace(self, q=self.q.detach().float(), k=self.k.detach().float(), v=self.v.detach().float())
 
 
 Handler = Callable[[AttentionCall], torch.Tensor]  # returns [B, Hq, N, D]
@@ -90,10 +94,9 @@ def _dispatch(
             f"expected whole windows with keys and values of one head_dim, got q {tuple(query.shape)}, "
             f"k {tuple(key.shape)}, v {tuple(value.shape)}; multi-head latent attention is not supported"
         )
-    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    call = AttentionCall(
-        int(module.layer_idx), query, key, value, scaling, float(softcap or 0.0), sliding_window, s_aux
-    )
+    layer: Any = module.layer_idx
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = AttentionCall(layer, query, key, value, scaling, softcap or 0.0, sliding_window, s_aux)
     return _handlers[-1](call).transpose(1, 2).contiguous(), None
 
 
@@ -153,21 +156,16 @@ def trace(
         generator: draws the labels (a CPU generator).
 
     Returns:
-        layer -> Trace; tensors are on the model's device.
+        layer -> Trace; tensors are float32 on the model's device.
     """
     traces: dict[int, Trace] = {}
     probes: dict[int, torch.Tensor] = {}
 
     def handler(call: AttentionCall) -> torch.Tensor:
         out = exact(call)
+        traces[call.layer] = Trace(call.float(), out.detach().float())
         if not gradient:
-            traces[call.layer] = Trace(call, out)
             return out
-        detached = AttentionCall(
-            call.layer, call.q.detach(), call.k.detach(), call.v.detach(), call.scaling, call.softcap, call.sliding,
-            call.sink_logits,
-        )  # fmt: skip
-        traces[call.layer] = Trace(detached, out.detach())
         probes[call.layer] = torch.zeros_like(out, requires_grad=True)
         return out + probes[call.layer]
 
@@ -185,7 +183,7 @@ def trace(
         for p in wanted:
             p.requires_grad_(True)
     for layer, probe in probes.items():
-        traces[layer].grad = probe.grad
+        traces[layer].grad = None if probe.grad is None else probe.grad.float()
     return traces
 
 

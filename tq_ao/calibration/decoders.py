@@ -41,25 +41,25 @@ def refit(
         windows: int64 [n, N] calibration text.
         ridge: weight of the inverse map, relative to the mean second moment of the levels.
     """
-    normal = {i: {side: [0.0, 0.0] for side in sides} for i in plans}
+    grams: dict[tuple[int, str], torch.Tensor] = {}
+    crosses: dict[tuple[int, str], torch.Tensor] = {}
     for ids in bar(windows.split(1), "decoders", progress):
         with torch.no_grad():
             traces = trace(model, ids.to(device_of(model)), gradient=False)
             for i, plan in plans.items():
                 t = traces.pop(i)
                 for side in sides:
-                    gram, cross = (
-                        _key_normal(t, plan, window, sinks) if side == "key" else _value_normal(t, plan, window, sinks)
-                    )
-                    normal[i][side][0] = normal[i][side][0] + gram
-                    normal[i][side][1] = normal[i][side][1] + cross
+                    gram, cross = (_key_normal if side == "key" else _value_normal)(t, plan, window, sinks)
+                    grams[i, side] = grams.get((i, side), 0) + gram
+                    crosses[i, side] = crosses.get((i, side), 0) + cross
     fitted = {}
     for i, plan in plans.items():
         maps = plan.maps
         if "value" in sides:
-            maps = replace(maps, output=_solve(*normal[i]["value"], maps.output, ridge))
+            maps = replace(maps, output=_solve(grams[i, "value"], crosses[i, "value"], maps.output, ridge))
         if "key" in sides:
-            maps = replace(maps, query=_solve(*normal[i]["key"], maps.query.mT, ridge).mT.contiguous())
+            query = _solve(grams[i, "key"], crosses[i, "key"], maps.query.mT, ridge).mT
+            maps = replace(maps, query=query.contiguous())
         fitted[i] = maps
     return fitted
 
@@ -83,20 +83,20 @@ def _levels(
 def _value_normal(t: Trace, plan: LayerPlan, window: int, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
     call = t.call
     exact, levels = _levels(call.v, plan.maps.value, plan.maps.value_shift, plan.v_bits, "value")
-    tokens, gram, cross = call.q.shape[2], 0.0, 0.0
+    tokens, zero = call.q.shape[2], torch.zeros_like(plan.maps.value, dtype=torch.float64)
+    gram, cross = zero, zero
     position = torch.arange(tokens, device=call.q.device)
     for first, end in row_blocks(tokens, call.q.device):
         columns = end - window
         if columns <= sinks:
             continue
         _, p = attention_rows(call, first, end)
-        p = (p[..., :columns] * packed_pairs(position[first:end], position[:columns], call, window, sinks)).flatten(
-            2, 3
-        )
+        packed = packed_pairs(position[first:end], position[:columns], call, window, sinks)
+        p = (p[..., :columns] * packed).flatten(2, 3)
         y, o = p @ levels[:, :, :columns], p @ exact[:, :, :columns]
         gram = gram + (y.mT @ y).double().sum(0)
         cross = cross + (y.mT @ o).double().sum(0)
-    return gram, cross  # type: ignore[return-value]
+    return gram, cross
 
 
 def _key_normal(t: Trace, plan: LayerPlan, window: int, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:

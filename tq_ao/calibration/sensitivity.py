@@ -10,7 +10,7 @@
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -116,15 +116,16 @@ def side_delta(sample: Rows, side: str, maps: LayerMaps, bits: int) -> torch.Ten
 def _weight(model: torch.nn.Module, maps: Mapping[int, LayerMaps], bits: Sequence[int]) -> Table:
     table: Table = {}
     for module in model.modules():
-        layer = getattr(module, "layer_idx", None)
+        attention: Any = module
+        layer: Any = getattr(module, "layer_idx", None)
         if layer not in maps or not hasattr(module, "k_proj"):
             continue
         m = maps[layer]
         heads, dim = m.key_shift.shape
         zero = torch.zeros_like(m.key_shift)
         sides: tuple[tuple[Role, torch.Tensor, torch.Tensor, torch.Tensor], ...] = (
-            ("key", module.k_proj.weight, m.key, m.query.mT),
-            ("value", module.v_proj.weight, m.value, m.output),
+            ("key", attention.k_proj.weight, m.key, m.query.mT),
+            ("value", attention.v_proj.weight, m.value, m.output),
         )
         for side, weight, forward, back in sides:
             vectors = weight.detach().float().unflatten(0, (heads, dim)).mT[None]  # [1, H, hidden, D]
@@ -146,15 +147,15 @@ def _measured(model, windows, by_width, window, sinks, journal, progress) -> Tab
         key = f"kl/{layer}/{side}/{b}"
         value = journal.get(key) if journal is not None else None
         if value is None:
-            pair = (b, EXACT_BITS) if side == "key" else (EXACT_BITS, b)
-            value = evaluate({layer: LayerPlan(*pair, by_width[b][layer])}).kl
+            k_bits, v_bits = (b, EXACT_BITS) if side == "key" else (EXACT_BITS, b)
+            value = evaluate({layer: LayerPlan(k_bits, v_bits, by_width[b][layer])}).kl
             if journal is not None:
                 journal.put(key, value)
         table[layer, side, b] = value
     return table
 
 
-def bar(items: Sequence, label: str, progress: bool) -> Iterable:  # type: ignore[type-arg]
+def bar(items: Sequence[Any], label: str, progress: bool) -> Iterable[Any]:
     """The items, behind a progress bar if asked for."""
     if not progress:
         return items

@@ -76,14 +76,17 @@ def prepare(
     model.requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(found.path_or_id)
     halves = split_articles(articles(text), seed)
-    parts = [windows(tokenizer, half, length, n) for half, n in zip(halves, (calibration, evaluation), strict=True)]
+    chosen_on, measured_on = (
+        windows(tokenizer, halves[0], length, calibration),
+        windows(tokenizer, halves[1], length, evaluation),
+    )
     config = model.config.get_text_config(decoder=True)
     layers = list(range(config.num_hidden_layers)) if all_layers else quantizable_layers(model.config)
     plain = plain_maps(model, layers, seed)
     shape = Shape({i: tuple(m.key_shift.shape) for i, m in plain.items()})  # type: ignore[misc]
     source = text if text == "enwiki" else Path(text).name
     what = f"{source}, split by article (seed {seed}), {evaluation} x {length} tokens held out"
-    return Setup(found.name, model, *parts, plain, shape, what)
+    return Setup(found.name, model, chosen_on, measured_on, plain, shape, what)
 
 
 def provenance() -> dict[str, Any]:

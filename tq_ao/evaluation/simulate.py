@@ -79,6 +79,7 @@ def mixed_attention(
         window: pairs closer than this are exact.
         sinks: tokens at the start that are always exact.
     """
+    dtype, call = call.q.dtype, call.float()
     heads, tokens = call.k.shape[1], call.q.shape[2]
     q = (call.q * call.scaling).unflatten(1, (heads, -1))
     k_hat, v_hat = (
@@ -109,7 +110,7 @@ def mixed_attention(
             from_old = weight * old.repeat(q.shape[2], 1)
             o += from_old @ v_hat[:, :, mixed:fresh] + (weight - from_old) @ call.v[:, :, mixed:fresh]
         out[:, :, first:end] = o.unflatten(2, (-1, end - first)).flatten(1, 2)
-    return out
+    return out.to(dtype)
 
 
 def softmax_with_sink(s: torch.Tensor, call: AttentionCall) -> torch.Tensor:
@@ -125,7 +126,7 @@ def simulated(call: AttentionCall, plans: Mapping[int, LayerPlan], window: int, 
     plan = plans.get(call.layer)
     if plan is None or plan.k_bits == plan.v_bits == EXACT_BITS:
         return exact(call)
-    k_hat, v_hat = requantize_layer(call.k, call.v, plan)
+    k_hat, v_hat = requantize_layer(call.k.float(), call.v.float(), plan)
     return mixed_attention(call, k_hat, v_hat, window=window, sinks=sinks)
 
 

@@ -58,7 +58,7 @@ def combine_kernel(
     split_o, split_ml, exact_o, exact_ml, output_map, value_shift, sink_logits, merged, out,
     batch, heads, splits, chunks,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, SLOTS: tl.constexpr, KC: tl.constexpr,
-    HAS_SINK: tl.constexpr,
+    HAS_SINK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See the module docstring.
 
@@ -66,12 +66,14 @@ def combine_kernel(
     unwritten o; exact_o, exact_ml: the same with chunks for splits; merged: float32 [2, B * H, G, D], scratch;
     out: [B * H * G, D] in the query's dtype.
     """
+    if PDL:  # this launch may begin before the splits are done
+        tl.extra.cuda.gdc_wait()
     h = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * R
     query = first + tl.arange(0, SLOTS) % R
     live_row = query < batch * G
     bh = (query // G).to(tl.int64) * heads + h
-    pairs = batch.to(tl.int64) * heads * G
+    pairs = tl.cast(batch, tl.int64) * heads * G
     base_s = bh * splits * G + query % G
     base_e = bh * chunks * G + query % G
 

@@ -76,8 +76,10 @@ def _tiled(name: str, x: torch.Tensor, inner: tuple[int, ...]) -> tuple[int, int
 
 
 class Config(NamedTuple):
-    """How the Gluon kernel is launched: tiles per softmax step, ring slots, register cap, programs per multiprocessor."""
+    """How the Gluon kernel is launched: tiles of 8 query heads to a program, packed tiles to a softmax step, ring slots,
+    register cap, programs per multiprocessor."""
 
+    head_tiles: int
     tiles: int
     stages: int
     registers: int
@@ -85,17 +87,17 @@ class Config(NamedTuple):
 
 
 def configure(head_dim: int, head_tiles: int, k_bits: int, v_bits: int) -> Config:
-    """The launch of the Gluon kernel for a shape; head_tiles: tiles of 8 query heads per program."""
-    return Config(tiles=2, stages=2, registers=128, resident=16)
+    """The launch of the Gluon kernel for a shape; head_tiles: tiles of 8 query heads to a KV head."""
+    together = min(head_tiles, 2 if head_dim <= 128 else 1)
+    if together == 2 or head_dim > 128:
+        return Config(together, tiles=1, stages=2, registers=255, resident=8)
+    return Config(together, tiles=2, stages=2, registers=168, resident=12)
 
 
 def split_count(programs: int, tiles: int, slots: int, tiles_per_step: int) -> int:
-    """How many splits fill `slots` with `programs` programs each, at least four steps to a split.
-
-    One slot in every program's share is left to its exact tokens.
-    """
+    """How many splits fill `slots` with `programs` programs each, at least four steps to a split."""
     most = max(1, triton.cdiv(tiles, 4 * tiles_per_step))
-    return max(1, min(slots // programs - 1, most, MAX_SPLITS))
+    return max(1, min(slots // programs, most, MAX_SPLITS))
 
 
 def decode_attention(
@@ -148,9 +150,8 @@ def decode_attention(
     if softcap:
         factor *= 2.0 / softcap
     sinks, capacity = k_sinks.shape[2], k_recent.shape[2]
-    tiles_per_program = min(head_tiles, 2)
-    config = configure(dim, tiles_per_program, key_book.bits, value_book.bits)
-    programs = batch * heads * triton.cdiv(head_tiles, tiles_per_program)
+    config = configure(dim, head_tiles, key_book.bits, value_book.bits)
+    programs = batch * heads * triton.cdiv(head_tiles, config.head_tiles)
     splits = split_count(programs, tiles, _multiprocessors(device) * config.resident, config.tiles)
 
     f32 = torch.float32
@@ -164,8 +165,8 @@ def decode_attention(
     separate = not use_gluon or k_recent.dtype.itemsize != 2 or k_sinks.dtype != k_recent.dtype
     # Exact tokens a row can have: the sinks, the window, and what waits for its tile to fill.
     exact_tokens = max(1, sinks + (min(window + TILE, capacity) if capacity else 0))
-    # An exact token costs about two packed ones.
-    chunk = CHUNK if separate else TILE * max(1, triton.cdiv(tiles, 2 * splits))
+    # Each split program takes an equal share of them.
+    chunk = CHUNK if separate else TILE * triton.cdiv(exact_tokens, TILE * splits)
     chunks = triton.cdiv(exact_tokens, chunk)
     exact_o = torch.empty(rows * chunks * dim, dtype=f32, device=device)
     exact_ml = torch.empty(2 * rows * chunks, dtype=f32, device=device)
@@ -174,6 +175,9 @@ def decode_attention(
     split_ml = torch.empty(2 * rows * splits, dtype=f32, device=device)
     out = torch.empty(batch, q_heads, 1, dim, dtype=q.dtype, device=device)
 
+    # Programmatic dependent launch: each launch starts while the one before it ends.
+    pdl = use_gluon and torch.cuda.get_device_capability(device) >= (9, 0)
+    kc = dim if dim <= 128 and not separate and dim == padded else 32
     half_precision = q.dtype.itemsize == 2 and k_recent.dtype.itemsize == 2
     exact_programs = batch * heads * triton.cdiv(group, 16) * chunks if separate else 0
     prepare_kernel[(heads * triton.cdiv(batch * group, 16) + exact_programs,)](
@@ -181,23 +185,23 @@ def decode_attention(
         q.stride(0), q.stride(1), *sink_strides, *recent_strides, batch, heads, sinks, window, capacity, chunks, factor,
         1.0 / key_book.unit, cap, *table_words(key_book.bits, key_book.table),
         *table_words(value_book.bits, value_book.table), K_HALF=key_book.offset,
-        G=group, D=dim, DP=padded, KC=32, SPLIT_INT8=use_gluon, SOFTCAP=softcap > 0, EXACT=separate, CHUNK=CHUNK,
-        PRECISION="tf32" if half_precision else "tf32x3", num_warps=8,
+        G=group, D=dim, DP=padded, KC=kc, SPLIT_INT8=use_gluon, SOFTCAP=softcap > 0, EXACT=separate, CHUNK=CHUNK,
+        PRECISION="tf32" if half_precision else "tf32x3", PDL=pdl, num_warps=8,
     )  # fmt: skip
     if use_gluon:
         from .decode_gluon import gluon_splits_kernel
         from .fragments import unpack_asm, unpack_constraints
 
         here = 0 if separate else chunks
-        gluon_splits_kernel[(here + splits, batch * heads, triton.cdiv(head_tiles, tiles_per_program))](
+        gluon_splits_kernel[(splits, batch * heads, triton.cdiv(head_tiles, config.head_tiles))](
             rotated, meta, k_codes.view(torch.int8), k_scales, v_codes.view(torch.int8), v_scales, q, k_sinks, v_sinks, k_recent, v_recent,
             length, start, split_o, split_ml, exact_o, exact_ml, *key_strides, *value_strides, q.stride(0), q.stride(1),
             *sink_strides, *recent_strides, heads, sinks, window, capacity, splits, here, chunk, factor, cap,
-            1.0 / value_book.unit, G=group, D=dim, K_BITS=key_book.bits, V_BITS=value_book.bits, HT=tiles_per_program,
-            TILES=config.tiles, STAGES=config.stages, SOFTCAP=softcap > 0,
+            1.0 / value_book.unit, G=group, D=dim, K_BITS=key_book.bits, V_BITS=value_book.bits, HT=config.head_tiles,
+            TILES=config.tiles, STAGES=config.stages, SOFTCAP=softcap > 0, PDL=pdl,
             K_ASM=unpack_asm(key_book.bits, False), K_CONSTRAINTS=unpack_constraints(key_book.bits),
             V_ASM=unpack_asm(value_book.bits, True), V_CONSTRAINTS=unpack_constraints(value_book.bits), num_warps=1,
-            maxnreg=config.registers,
+            maxnreg=config.registers, launch_pdl=pdl,
         )  # fmt: skip
     else:
         k_strides = (key_strides[0] // 4, key_strides[1] // 4, *key_strides[2:])
@@ -208,11 +212,11 @@ def decode_attention(
             heads, sinks, window, capacity, splits, cap, 1.0 / value_book.unit, G=group, D=dim, DP=padded,
             K_BITS=key_book.bits, V_BITS=value_book.bits, SOFTCAP=softcap > 0, num_warps=8, num_stages=1,
         )  # fmt: skip
-    # Few queries: one to a program and many splits at a time.
-    per_program = 1 if rows <= 4 * _multiprocessors(device) else min(16, triton.next_power_of_2(batch * group))
+    # Few queries: one to a program and many splits at a time; many: enough programs for two to a multiprocessor.
+    per_program = min(16, max(1, triton.next_power_of_2(rows // (2 * _multiprocessors(device)))))
     combine_kernel[(heads, triton.cdiv(batch * group, per_program))](
         split_o, split_ml, exact_o, exact_ml, output_map, value_shift, sink_logits if sink_logits is not None else meta,
         merged, out, batch, heads, splits, chunks, G=group, D=dim, DP=padded, R=per_program, SLOTS=32, KC=32,
-        HAS_SINK=sink_logits is not None, num_warps=8,
+        HAS_SINK=sink_logits is not None, PDL=pdl, num_warps=8, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out

@@ -6,7 +6,7 @@ Per step of TILES tiles (32 tokens each) of one KV head, for up to 8 HT query he
     m'  = max(m, max s)            p = 2 ** (s - m')
     O^T = O^T * 2 ** (m - m') + V^T (p |v|)^T        fp16 x fp16 -> float32 (m16n8k16)
 
-Grid: (chunks of exact tokens + splits, batch * KV heads, tiles of 8 HT query heads).  Block: one warp with its own online softmax, a ring of
+Grid: (splits, batch * KV heads, tiles of 8 HT query heads); split i < chunks also attends to chunk i of the exact tokens.  Block: one warp with its own online softmax, a ring of
 STAGES steps filled by cp.async.  Rows of different length split what they have: the grid only knows the capacity.
 """
 
@@ -148,6 +148,12 @@ def _fetch(
                 async_load(to, p_v + t * (4 * D * V_BITS) + (w * 4 * D + c * 4) + copy_at)
         async_load(scales[2 * j].index(slot), p_ks + t * 32 + scale_at)
         async_load(scales[2 * j + 1].index(slot), p_vs + t * 32 + scale_at)
+
+
+@gluon.jit
+def _wait_for_queries():
+    """Wait for the previous launch (query.py), which this one may overlap: programmatic dependent launch, sm_90."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -354,7 +360,7 @@ def gluon_splits_kernel(
     stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
     heads, sinks, window, capacity, splits, chunks, chunk_tokens, factor, cap, inverse_unit,
     G: gl.constexpr, D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, HT: gl.constexpr,
-    TILES: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
+    TILES: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, PDL: gl.constexpr,
     K_ASM: gl.constexpr, K_CONSTRAINTS: gl.constexpr, V_ASM: gl.constexpr, V_CONSTRAINTS: gl.constexpr,
     num_warps: gl.constexpr = 1,
 ):  # fmt: skip
@@ -383,7 +389,7 @@ def gluon_splits_kernel(
     COPY_SCALE: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
 
-    split = gl.program_id(0) - chunks
+    split = gl.program_id(0)
     bh = gl.program_id(1)
     group = gl.program_id(2) * HT
     b = (bh // heads).to(gl.int64)
@@ -393,19 +399,6 @@ def gluon_splits_kernel(
     packed = gl.where(capacity == 0, gl.maximum(n - sinks, 0), gl.maximum(n - sinks - window, 0) // 32 * 32)
     tiles = (packed + 31) // 32
     steps = (tiles + TILES - 1) // TILES
-    if split < 0:
-        at_q = q + b * stride_qb + h * G * stride_qh
-        at_s = b * stride_sb + h * stride_sh
-        at_r = b * stride_rb + h * stride_rh
-        at_part = (bh * chunks + split + chunks).to(gl.int64) * G
-        rows = gl.num_programs(1).to(gl.int64) * chunks * G
-        for x in gl.static_range(HT):
-            m, l, acc, live = _attend_exact(
-                at_q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, (group + x) * 8, split + chunks,
-                n, packed, sinks, capacity, chunk_tokens, factor, cap, G, D, 32, SOFTCAP, S_L,
-            )  # fmt: skip
-            _store_part(exact_o, exact_ml, m, l, acc, live, 1.0, at_part, rows, (group + x) * 8, G, D, 32, S_L)
-        return
     first = (split.to(gl.int64) * steps // splits).to(gl.int32)
     end = ((split + 1).to(gl.int64) * steps // splits).to(gl.int32)
 
@@ -419,32 +412,6 @@ def gluon_splits_kernel(
     row = gl.arange(0, 16, gl.SliceLayout(1, QA))
     col = gl.arange(0, QD, gl.SliceLayout(0, QA))
     start_row = gl.arange(0, 16, gl.SliceLayout(1, S_L))
-
-    q = ()
-    q_start = ()
-    step_size = ()
-    bias = ()
-    m = ()
-    l = ()
-    acc = ()
-    for x in gl.static_range(HT):
-        at = bh.to(gl.int64) * HEAD_TILES + gl.minimum(group + x, HEAD_TILES - 1)
-        for c in gl.static_range(CHUNKS):
-            q = q + (gl.load(rotated + at * (16 * D) + row[:, None] * D + (c * QD + col)[None, :]),)
-            acc = acc + (gl.zeros([32 * CHUNK_GROUPS, 8], gl.float32, S_L),)
-        # Row 8 + g starts at the half sum, row g at zero: s = 128 hi + lo.
-        begin = gl.load(meta + at * 32 + 16 + start_row % 8).to(gl.int32)
-        begin = gl.where(start_row < 8, 0, begin)
-        q_start = q_start + (zero + begin[:, None],)
-        step_size = step_size + (gl.load(meta + at * 32 + head),)
-        bias = bias + (gl.load(meta + at * 32 + 8 + head),)
-        m = m + (gl.full([8], -1e30, gl.float32, HEAD),)
-        l = l + (gl.full([8], 0.0, gl.float32, HEAD),)
-    tables = meta + bh.to(gl.int64) * (HEAD_TILES * 32) + 24
-    k_low = _table_word(tables, LANE_BYTES, RAW)
-    k_high = _table_word(tables + 1, LANE_BYTES, RAW)
-    v_low = _table_word(tables + 2, LANE_BYTES, RAW)
-    v_high = _table_word(tables + 3, LANE_BYTES, RAW)
 
     # One allocation per plane: Triton 3.6 puts a barrier between any two copies into the same allocation.
     ring = ()
@@ -470,17 +437,60 @@ def gluon_splits_kernel(
                 D, K_BITS, V_BITS, TILES, CHUNKS,
             )  # fmt: skip
         async_copy.commit_group()
+
+    # While the first tiles arrive: this program's share of the exact tokens.
+    if split < chunks:
+        at_q = q + b * stride_qb + h * G * stride_qh
+        at_s = b * stride_sb + h * stride_sh
+        at_r = b * stride_rb + h * stride_rh
+        at_part = (bh * chunks + split).to(gl.int64) * G
+        exact_rows = gl.num_programs(1).to(gl.int64) * chunks * G
+        for x in gl.static_range(HT):
+            m_exact, l_exact, acc_exact, live = _attend_exact(
+                at_q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, (group + x) * 8, split,
+                n, packed, sinks, capacity, chunk_tokens, factor, cap, G, D, 32, SOFTCAP, S_L,
+            )  # fmt: skip
+            _store_part(
+                exact_o, exact_ml, m_exact, l_exact, acc_exact, live, 1.0, at_part, exact_rows, (group + x) * 8, G, D, 32, S_L
+            )
+    if PDL:  # the queries must be ready from here on
+        _wait_for_queries()
+    q_int = ()
+    q_start = ()
+    step_size = ()
+    bias = ()
+    m = ()
+    l = ()
+    acc = ()
+    for x in gl.static_range(HT):
+        at = bh.to(gl.int64) * HEAD_TILES + gl.minimum(group + x, HEAD_TILES - 1)
+        for c in gl.static_range(CHUNKS):
+            q_int = q_int + (gl.load(rotated + at * (16 * D) + row[:, None] * D + (c * QD + col)[None, :]),)
+            acc = acc + (gl.zeros([32 * CHUNK_GROUPS, 8], gl.float32, S_L),)
+        # Row 8 + g starts at the half sum, row g at zero: s = 128 hi + lo.
+        begin = gl.load(meta + at * 32 + 16 + start_row % 8).to(gl.int32)
+        begin = gl.where(start_row < 8, 0, begin)
+        q_start = q_start + (zero + begin[:, None],)
+        step_size = step_size + (gl.load(meta + at * 32 + head),)
+        bias = bias + (gl.load(meta + at * 32 + 8 + head),)
+        m = m + (gl.full([8], -1e30, gl.float32, HEAD),)
+        l = l + (gl.full([8], 0.0, gl.float32, HEAD),)
+    tables = meta + bh.to(gl.int64) * (HEAD_TILES * 32) + 24
+    k_low = _table_word(tables, LANE_BYTES, RAW)
+    k_high = _table_word(tables + 1, LANE_BYTES, RAW)
+    v_low = _table_word(tables + 2, LANE_BYTES, RAW)
+    v_high = _table_word(tables + 3, LANE_BYTES, RAW)
     full = gl.maximum(gl.minimum(end, packed // (32 * TILES)), first)
     for step in range(first, full):
         m, l, acc = _step(
-            q, q_start, step_size, bias, m, l, acc, ring, scales, p_k, p_v, p_ks, p_vs, k_low, k_high, v_low, v_high,
+            q_int, q_start, step_size, bias, m, l, acc, ring, scales, p_k, p_v, p_ks, p_vs, k_low, k_high, v_low, v_high,
             step, first, end, last, packed, cap, copy_at, scale_at, token,
             D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, False,
             K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
         )  # fmt: skip
     for step in range(full, end):
         m, l, acc = _step(
-            q, q_start, step_size, bias, m, l, acc, ring, scales, p_k, p_v, p_ks, p_vs, k_low, k_high, v_low, v_high,
+            q_int, q_start, step_size, bias, m, l, acc, ring, scales, p_k, p_v, p_ks, p_vs, k_low, k_high, v_low, v_high,
             step, first, end, last, packed, cap, copy_at, scale_at, token,
             D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, True,
             K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,

@@ -133,7 +133,7 @@ def _attend_exact(
     if PRECISION == "tf32":  # what the product below sees, so that it and the sum agree
         p = (p.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     q_row = ((bh * chunks + chunk) * G + head).to(tl.int64)
-    rows = batch.to(tl.int64) * heads * chunks * G
+    rows = tl.cast(batch, tl.int64) * heads * chunks * G
     tl.store(exact_ml + q_row, m, mask=has_head)
     tl.store(exact_ml + rows + q_row, tl.sum(p, axis=1), mask=has_head)
     if chunk * CHUNK < count:
@@ -148,7 +148,7 @@ def prepare_kernel(
     batch, heads, sinks, window, capacity, chunks, factor, inverse_unit, cap, k_low, k_high, v_low, v_high,
     K_HALF: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr,
     SPLIT_INT8: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See the module docstring.
 
@@ -157,6 +157,8 @@ def prepare_kernel(
     written where a chunk is empty; exact_ml: float32 [2, B * H, chunks, G].
     factor = scale * log2(e), times 2 / (cap * log2(e)) under a soft-cap.
     """
+    if PDL:  # the splits may be launched now; they wait where they need the queries
+        tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
     maps = heads * ((batch * G + 15) // 16)
     if pid < maps:

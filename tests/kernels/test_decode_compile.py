@@ -1,0 +1,192 @@
+"""Decode kernels compiled to cubins without a GPU, and what their machine code must look like.
+
+The Gluon kernel's speed is a count of instructions: spills, a scalar table look-up or a transpose through shared memory
+would show here first.  Compilation runs in child processes, where Triton is not interpreting.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+POINTERS = {
+    "rotated": "*i8", "meta": "*fp32", "k_codes": "*i8", "v_codes": "*i8", "k_scales": "*fp16", "v_scales": "*fp16",
+    "q": "*bf16", "k_sinks": "*bf16", "v_sinks": "*bf16", "k_recent": "*bf16", "v_recent": "*bf16", "length": "*i64",
+    "start": "*i64", "split_o": "*fp32", "split_ml": "*fp32", "exact_o": "*fp32", "exact_ml": "*fp32",
+    "query_map": "*fp32", "key_shift": "*fp32", "output_map": "*fp32", "value_shift": "*fp32", "sink_logits": "*fp32",
+    "merged": "*fp32", "out": "*bf16", "k_levels": "*fp16", "v_levels": "*fp16",
+    "factor": "fp32", "cap": "fp32", "inverse_unit": "fp32",
+}  # fmt: skip
+
+
+def _signature(names: list[str], constants: dict, words: str) -> tuple[dict, dict]:
+    types = POINTERS | {"k_codes": words, "v_codes": words, "rotated": "*fp32" if words == "*i32" else "*i8"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name.startswith("stride_")]
+    return signature, {(i,): [["tt.divisibility", 16]] for i in aligned}
+
+
+def _compile(case: dict):
+    """Compile one kernel as decode_attention launches it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tq_ao.kernels import decode_attention as host
+
+    dim, group = case["head_dim"], case["group"]
+    padded = triton.next_power_of_2(dim)
+    target = GPUTarget("cuda", case["arch"], 32)
+    softcap = case.get("softcap", False)
+    if case["kernel"] == "gluon":
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        from tq_ao.kernels.decode_gluon import gluon_splits_kernel as fn
+        from tq_ao.kernels.fragments import unpack_asm, unpack_constraints
+
+        k_bits, v_bits = case["bits"]
+        config = host.configure(dim, -(-group // 8), k_bits, v_bits)
+        constants = {
+            "G": group, "D": dim, "K_BITS": k_bits, "V_BITS": v_bits, "HT": config.head_tiles, "TILES": config.tiles,
+            "STAGES": config.stages, "SOFTCAP": softcap, "PDL": case["arch"] >= 90, "K_ASM": unpack_asm(k_bits, False),
+            "K_CONSTRAINTS": unpack_constraints(k_bits), "V_ASM": unpack_asm(v_bits, True),
+            "V_CONSTRAINTS": unpack_constraints(v_bits), "num_warps": 1,
+        }  # fmt: skip
+        signature, attrs = _signature(fn.arg_names, constants, "*i8")
+        source = GluonASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
+        return triton.compile(source, target=target, options={"num_warps": 1, "maxnreg": config.registers}), config
+    if case["kernel"] == "portable":
+        from tq_ao.kernels.decode_portable import portable_splits_kernel as fn
+
+        k_bits, v_bits = case["bits"]
+        constants = {"G": group, "D": dim, "DP": padded, "K_BITS": k_bits, "V_BITS": v_bits, "SOFTCAP": softcap}
+    elif case["kernel"] == "query":
+        from tq_ao.kernels.query import prepare_kernel as fn
+
+        constants = {
+            "K_HALF": 0.5, "G": group, "D": dim, "DP": padded, "KC": 32, "SPLIT_INT8": True, "SOFTCAP": softcap,
+            "EXACT": True, "CHUNK": host.CHUNK, "PRECISION": "tf32", "PDL": False,
+        }  # fmt: skip
+    else:
+        from tq_ao.kernels.combine import combine_kernel as fn
+
+        constants = {"G": group, "D": dim, "DP": padded, "R": 16, "SLOTS": 32, "KC": 32, "HAS_SINK": True, "PDL": False}
+    signature, attrs = _signature(fn.arg_names, constants, "*i32" if case["kernel"] == "portable" else "*i8")
+    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
+    return triton.compile(source, target=target, options={"num_warps": 8, "num_stages": 1}), None
+
+
+def _loops(sass: str) -> list[list[str]]:
+    """Opcodes of every loop, from the target of a backward branch to the branch."""
+    labels: dict[str, int] = {}
+    opcodes: list[str] = []
+    loops = []
+    for line in sass.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = len(opcodes)
+        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?(\S+)(.*);", line)
+        if instruction:
+            opcodes.append(instruction[1].split(".")[0])
+            branch = re.search(r"`\((\.L_x_\d+)\)", instruction[2])
+            if opcodes[-1] == "BRA" and branch and branch[1] in labels:
+                loops.append(opcodes[labels[branch[1]] :])
+    return loops
+
+
+def _report(case: dict) -> dict:
+    """Compile and disassemble one case."""
+    import triton
+
+    compiled, config = _compile(case)
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
+    # The loop over full steps: integer matrix products, and no masks, so the shorter of the two that have any.
+    steps = sorted((loop for loop in _loops(sass) if "IMMA" in loop), key=len)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr)[1]),
+        "shared": compiled.metadata.shared,
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "loop": Counter(steps[0]) if steps else {},
+        "config": config._asdict() if config else None,
+    }
+
+
+def report(case: dict) -> dict:
+    """`_report` in a child process that does not interpret Triton."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    child = subprocess.run(
+        [sys.executable, __file__, json.dumps(case)], capture_output=True, text=True, env=env, timeout=300
+    )
+    assert child.returncode == 0, child.stderr[-4000:]
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def gluon(arch: int = 90, bits: tuple[int, int] = (3, 3), head_dim: int = 128, group: int = 4, **more: bool) -> dict:
+    return {"kernel": "gluon", "arch": arch, "bits": bits, "head_dim": head_dim, "group": group, **more}
+
+
+GLUON = {
+    **{f"{k} and {v} bits": gluon(bits=(k, v)) for k, v in ((1, 1), (2, 2), (3, 3), (4, 4), (8, 8), (4, 2))},
+    "head_dim 64": gluon(head_dim=64),
+    "head_dim 96": gluon(head_dim=96),
+    "head_dim 256": gluon(head_dim=256, group=8),
+    "16 heads": gluon(group=16),
+    "16 heads of 256": gluon(group=16, head_dim=256),
+    "soft-cap": gluon(softcap=True),
+    "sm_89": gluon(arch=89),
+    "sm_100": gluon(arch=100),
+}
+
+
+@pytest.mark.parametrize("name", GLUON)
+def test_gluon(name: str) -> None:
+    case = GLUON[name]
+    got = report(case)
+    config, loop, dim = got["config"], Counter(got["loop"]), case["head_dim"]
+    assert loop["LDL"] == loop["STL"] == 0, "the loop spills"
+    assert got["spills"] <= 64, "the exact tokens may keep a few values in local memory, no more"
+    assert got["registers"] <= config["registers"]
+    k_bits, v_bits = case["bits"]
+    tile = 4 * dim * (k_bits + v_bits) + 128  # codes and scales
+    assert got["shared"] <= config["stages"] * config["tiles"] * tile + 1024, "shared memory holds the ring and nothing else"
+    # One PRMT looks four codes up, a second gives four signs; int8 values take two to become fp16.
+    per_four = sum({4: 2, 8: eight}.get(bits, 1) for bits, eight in ((k_bits, 0), (v_bits, 2)))
+    prmt = config["tiles"] * 32 * dim // 128 * per_four
+    assert prmt <= loop["PRMT"] <= prmt + 8
+    words = config["tiles"] * (k_bits + v_bits) * dim // 32  # read by each lane
+    assert loop["LDS"] + loop["LDSM"] <= words // min(4, dim // 32 & -(dim // 32)) + 4 * config["tiles"]
+    if (case["arch"], k_bits, v_bits, dim, case["group"], len(case)) == (90, 3, 3, 128, 4, 5):
+        assert loop.total() <= 15 * 32 * config["tiles"], "a 64-token step took 983 instructions in the study"
+
+
+@pytest.mark.parametrize("bits", [(3, 3), (4, 8)])
+@pytest.mark.parametrize("head_dim", [96, 128])
+def test_portable(head_dim: int, bits: tuple[int, int]) -> None:
+    got = report({"kernel": "portable", "arch": 80, "bits": bits, "head_dim": head_dim, "group": 4})
+    assert got["spills"] == 0
+    assert got["shared"] <= 48 * 1024
+
+
+@pytest.mark.parametrize("kernel", ["query", "combine"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_query_and_combine(kernel: str, head_dim: int) -> None:
+    got = report({"kernel": kernel, "arch": 80, "head_dim": head_dim, "group": 4})
+    assert got["spills"] == 0
+    assert got["shared"] <= 96 * 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(_report(json.loads(sys.argv[1]))))

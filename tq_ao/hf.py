@@ -129,12 +129,21 @@ def attach(
 
 
 def quantize_kv_(model: PreTrainedModel, config: TurboQuantConfig | None = None) -> PreTrainedModel:
-    """Give a model a packed KV cache, in place and without a checkpoint (default: uniform 3 bits).
+    """Give a model a packed KV cache, in place and without a checkpoint.
+
+    Args:
+        model: a decoder-only transformers model.
+        config: the schedule; None takes what torchao's `quantize_` recorded on its attention modules, else uniform 3 bits.
 
     Raises:
         ValueError: see `attach`; also a config that names a transforms file, which only a checkpoint has.
     """
-    config = config or TurboQuantConfig()
+    if config is None:
+        from tq_ao.quantize import attach_recorded, has_records
+
+        if has_records(model):
+            return attach_recorded(model)
+        config = TurboQuantConfig()
     if config.transforms is not None:
         raise ValueError(
             f"expected transforms=None without a checkpoint, got {config.transforms!r}; load the converted model with from_pretrained"

@@ -103,6 +103,11 @@ def _extra_repr(module: torch.nn.Module, describe: Callable[[], str]) -> str:
     return ", ".join(filter(None, (describe(), note)))
 
 
+def has_records(model: torch.nn.Module) -> bool:
+    """Whether `quantize_` left a config on any attention module."""
+    return any(_record(m) is not None for m in model.modules())
+
+
 def attach_recorded(model: torch.nn.Module) -> torch.nn.Module:
     """Attach the schedule that `quantize_` left on the model's attention modules; layers without one stay exact.
 

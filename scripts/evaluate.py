@@ -1,4 +1,4 @@
-"""Quality experiments: `pareto` (bits against KL), `ablation`, and `sensitivity` (which metric ranks layers)."""
+"""Quality experiments: `pareto` (bits against KL), `ablation`, `sensitivity` (which metric ranks layers), `report`."""
 
 import argparse
 import json
@@ -8,7 +8,9 @@ from typing import Any
 
 from tq_ao.errors import TurboQuantError
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT = ROOT / "docs" / "quality.md"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--budgets", type=float, nargs="+", default=budgets, help="average code bits")
     commands.choices["pareto"].add_argument("--repair", type=int, default=0, help="measured swaps per budget")
     commands.choices["sensitivity"].add_argument("--bits", type=int, nargs="+", default=[2, 3])
+    commands.add_parser("report", help="rewrite the tables of docs/quality.md from benchmarks/results")
     return top
 
 
@@ -69,6 +72,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Run one experiment and write its JSON."""
     args = parser().parse_args(argv)
+    if args.command == "report":
+        from tq_ao.evaluation.report import fill
+
+        DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+        return 0
     try:
         result = run(args)
     except TurboQuantError as error:

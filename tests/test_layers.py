@@ -24,10 +24,9 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"tensor", "tensor_ops"}, TORCH | {"torchao"}),
     ({"cache", "attention"}, TORCH | {"transformers"}),
     (
-        {"quantizer", "hf", "embedded", "models", "text", "hub", "model_card", "calibration", "evaluation"},
-        TRANSFORMERS | {"gguf", "matplotlib"},
+        {"quantizer", "hf", "quantize", "embedded", "models", "text", "hub", "model_card", "calibration", "evaluation"},
+        TRANSFORMERS | {"torchao", "gguf", "matplotlib"},
     ),
-    ({"quantize"}, TORCH | {"torchao"}),
     ({"recipe"}, {"yaml"}),
     ({"convert"}, TRANSFORMERS),
 ]
@@ -106,6 +105,11 @@ def test_kernels_stand_alone():
         if module.startswith("kernels."):
             for name in imports(parse(path)):
                 assert own(name) is None, f"{path} imports {name}: kernels take what they need as arguments"
+
+
+def test_torchao_is_imported_in_three_places():
+    found = {module for module, path in SOURCES.items() if any(n.split(".")[0] == "torchao" for n in imports(parse(path)))}
+    assert found <= {"tensor", "tensor_ops", "quantize"}
 
 
 def test_ops_import_kernels_only_when_they_run():

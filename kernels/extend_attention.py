@@ -506,16 +506,17 @@ def launch_options(dim: int, rows: int, dtype: torch.dtype, wide: bool) -> dict[
     padded = _padded(dim)
     m = min(128, max(16, triton.next_power_of_2(rows)))
     if dtype == torch.float32:
-        block = {"M": min(m, 32), "num_warps": 4, "num_stages": 1}
+        block = {"M": 16, "num_warps": 4, "num_stages": 1}
         return {"packed": {**block, "TILES": 1}, "exact": {**block, "N": 32}}
     if padded > 128 or not wide:
         m = min(m, 64)
-    tiles = 4 if padded <= 128 and wide else 2
-    n = 64 if padded <= 128 else 32
-    return {
-        "packed": {"M": min(m, 64), "TILES": tiles, "num_warps": 4, "num_stages": 2},
-        "exact": {"M": m, "N": n, "num_warps": 8 if m == 128 else 4, "num_stages": 3 if padded <= 128 else 2},
-    }
+    if wide:
+        packed = {"M": min(m, 64), "TILES": 4 if padded <= 128 else 2, "num_warps": 4, "num_stages": 2}
+    else:  # fewer registers hold one tile when the operands of mma.sync come from them
+        small = padded <= 64
+        packed = {"M": min(m, 64 if small else 32), "TILES": 2 if small else 1, "num_warps": 4, "num_stages": 2}
+    exact = {"M": m, "N": 64 if padded <= 128 else 32, "num_warps": 8 if m == 128 else 4}
+    return {"packed": packed, "exact": {**exact, "num_stages": 3 if padded <= 128 and wide else 2}}
 
 
 def extend_attention(

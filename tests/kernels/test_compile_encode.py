@@ -1,0 +1,172 @@
+"""Encode and extend kernels compiled to cubins without a GPU, for Ampere and Hopper.
+
+The block sizes that were measured must not spill and must fit the shared memory of their chip.  The full product of
+kernels, bits, head dims and chips takes many minutes: the main configurations are compiled always, and each run draws
+others from the product with its seed.  Compilation runs in child processes, where Triton is not interpreting.
+"""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+TYPES = {
+    "words": "*i32", "k_words": "*i32", "v_words": "*i32", "length": "*i64", "start": "*i64", "scale": "fp32",
+    "k_factor": "fp32", "v_factor": "fp32", "softcap": "fp32", "scales": "*fp16", "k_scales": "*fp16",
+    "v_scales": "*fp16", "rotated": "*fp16",
+}  # fmt: skip
+TYPES |= dict.fromkeys("x q ring k v k_new v_new k_sinks v_sinks k_recent v_recent".split(), "*bf16")
+TYPES |= dict.fromkeys(
+    "map shift key_map value_map unit bias out lse query_map key_shift output_map value_shift o_exact lse_exact "
+    "o_packed lse_packed".split(),
+    "*fp32",
+)
+
+MAIN = [
+    *({"kernel": "encode", "dim": 128, "bits": [b, b], "arch": 90, "key": b % 2 == 1} for b in (2, 3, 4)),
+    {"kernel": "encode", "dim": 64, "bits": [3, 3], "arch": 90, "key": True},
+    {"kernel": "encode", "dim": 128, "bits": [3, 3], "arch": 80, "key": True},
+    {"kernel": "step", "dim": 128, "bits": [3, 2], "arch": 90, "key": True},
+    {"kernel": "packed", "dim": 128, "bits": [3, 3], "arch": 90, "key": True},
+    {"kernel": "packed", "dim": 64, "bits": [4, 2], "arch": 90, "key": True},
+    {"kernel": "packed", "dim": 128, "bits": [3, 3], "arch": 80, "key": True},
+    {"kernel": "exact", "dim": 128, "bits": [3, 3], "arch": 90, "key": True},
+]
+
+
+def drawn(seed: int) -> list[dict]:
+    """One configuration of every kernel, and of every bit width for those that depend on it."""
+    generator = random.Random(seed)
+
+    def case(kernel: str, k: int = 3, v: int = 3) -> dict:
+        dim, arch = generator.choice([64, 96, 128, 256]), generator.choice([80, 90])
+        return {"kernel": kernel, "dim": dim, "bits": [k, v], "arch": arch, "key": generator.random() < 0.5}
+
+    values = generator.sample([1, 2, 3, 4, 8], 5)
+    cases = [case("encode", b, b) for b in (1, 2, 3, 4, 8)]
+    cases += [case("packed", k, v) for k, v in zip((1, 2, 3, 4, 8), values, strict=True)]
+    return cases + [case(kernel) for kernel in ("rotate", "exact", "merge", "write")] + [case("step", 8, 1)]
+
+
+def _compile(case: dict):
+    """Compile one kernel with the constants and options its launcher would use."""
+    import torch
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tq_ao.codebook import codebook
+    from tq_ao.kernels import encode, extend_attention
+
+    dim, (k_bits, v_bits), arch = case["dim"], case["bits"], case["arch"]
+    key, value = codebook(k_bits, "key"), codebook(v_bits, "value")
+    constants = {"D": dim, "DP": encode._padded(dim), "OPERAND": tl.bfloat16, "KC": 32}
+    options = {"num_warps": 4, "num_stages": 1}
+    optional = ()
+    if case["kernel"] in ("encode", "step", "write"):
+        fn = getattr(encode, f"{case['kernel']}_kernel")
+        (k_edges, k_levels), (v_edges, v_levels) = (encode.quantizer_constants(b) for b in (key, value))
+        edges, levels = (k_edges, k_levels) if case["key"] else (v_edges, v_levels)
+        if case["kernel"] == "encode":
+            options = encode.launch_options(dim, arch >= 90)
+        constants |= {
+            "BITS": k_bits, "KEY": case["key"], "EDGES": edges, "LEVELS": levels, "RING": case["key"], "Q": 1,
+            "ROWS": 32, "K_BITS": k_bits, "V_BITS": v_bits, "K_EDGES": k_edges, "K_LEVELS": k_levels,
+            "V_EDGES": v_edges, "V_LEVELS": v_levels,
+        }  # fmt: skip
+        optional = () if case["key"] or case["kernel"] != "encode" else ("ring", "length", "start")
+    else:
+        fn = getattr(extend_attention, f"{case['kernel']}_kernel")
+        k_type, v_type, _ = extend_attention.operands(torch.bfloat16, False)
+        constants |= {
+            "ROWS": 32, "K_BITS": k_bits, "V_BITS": v_bits, "K_LEVELS": extend_attention.grid_values(key),
+            "V_LEVELS": extend_attention.grid_values(value), "K_ASM": extend_attention.lookup_asm(key, k_type),
+            "V_ASM": extend_attention.lookup_asm(value, v_type), "CAP": False, "V_OPERAND": tl.bfloat16,
+            "PRECISION": "ieee", "LOGITS": False,
+        }  # fmt: skip
+        options = extend_attention.launch_options(dim, 4096, torch.bfloat16, arch >= 90).get(case["kernel"], options)
+        optional = ("sink_logits",)
+    constants |= dict.fromkeys(optional)
+    constants |= {n: options[n] for n in options if n not in ("num_warps", "num_stages")}
+    constants |= {n: 1 for n in fn.arg_names if n.endswith("_sd")}  # contiguous vectors
+    constants = {n: c for n, c in constants.items() if n in fn.arg_names}
+    types = TYPES | ({"q": "i32"} if case["kernel"] == "step" else {})  # the number of tokens, not queries
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in fn.arg_names}
+    aligned = [i for i, n in enumerate(fn.arg_names) if signature[n].startswith("*") or re.search("_s[bhnt]$", n)]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned if signature[fn.arg_names[i]] != "constexpr"}
+    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
+    options = {n: options[n] for n in ("num_warps", "num_stages")}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _report(case: dict) -> dict:
+    """Compile and disassemble one case."""
+    import triton
+
+    compiled = _compile(case)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    count = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("LDL", "STL", "PRMT", "HGMMA", "HMMA")}
+    return case | count | {"shared": compiled.metadata.shared, "instructions": sass.count(";")}
+
+
+@pytest.fixture(scope="module")
+def reports(seed: int) -> list[dict]:
+    """Reports of the main and the drawn cases, compiled by two child processes."""
+    cases = MAIN + drawn(seed)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__, json.dumps(cases[i::2])],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    out = []
+    for child in children:
+        stdout, stderr = child.communicate(timeout=900)
+        assert child.returncode == 0, stderr[-3000:]
+        out += json.loads(stdout.splitlines()[-1])
+    assert len(out) == len(cases)
+    return out
+
+
+def test_every_kernel_fits_its_chip(reports: list[dict]) -> None:
+    for report in reports:
+        assert report["shared"] <= SHARED[report["arch"]], report
+
+
+def test_measured_configurations_do_not_spill(reports: list[dict]) -> None:
+    main = [r for r in reports if any(all(r[k] == case[k] for k in case) for case in MAIN)]
+    assert len(main) >= len(MAIN)
+    for report in main:
+        assert report["LDL"] + report["STL"] == 0, report
+
+
+def test_other_configurations_spill_little(reports: list[dict]) -> None:
+    for report in reports:
+        assert report["LDL"] + report["STL"] <= 0.05 * report["instructions"], report
+
+
+def test_products_run_on_tensor_cores_and_look_ups_are_byte_permutes(reports: list[dict]) -> None:
+    for report in reports:
+        if report["kernel"] != "write":
+            assert report["HGMMA"] + report["HMMA"] > 0, report
+        if report["kernel"] == "packed" and max(report["bits"]) < 8:
+            assert report["PRMT"] >= 100, report
+
+
+if __name__ == "__main__":
+    print(json.dumps([_report(case) for case in json.loads(sys.argv[1])]))

@@ -36,7 +36,7 @@ def meet(
     Raises:
         ValueError: even `high` misses the target.
     """
-    budgets = [low + step * n for n in range(int(round((high - low) / step)) + 1)]
+    budgets = [low + step * n for n in range(round((high - low) / step) + 1)]
     seen: dict[int, tuple[Schedule, float]] = {}
 
     def value(n: int) -> float:
@@ -47,7 +47,9 @@ def meet(
 
     first, last = 0, len(budgets) - 1
     if value(last) > target:
-        raise ValueError(f"expected a target that {high:g} bits can meet, got {target:g}; measured there: {value(last):.4g}")
+        raise ValueError(
+            f"expected a target that {high:g} bits can meet, got {target:g}; measured there: {value(last):.4g}"
+        )
     while first < last:
         middle = (first + last) // 2
         first, last = (first, middle) if value(middle) <= target else (middle + 1, last)

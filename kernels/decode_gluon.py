@@ -261,6 +261,14 @@ def _step(
     return m_new, l_new, acc
 
 
+@gluon.constexpr_function
+def _exact_value_layout(wide):
+    """[8 g, wide a, 32 tokens] in one warp: lane 4 g + t, tokens 2 t and 2 t + 1 in every 8, all of a."""
+    reg = [[0, 1 << i, 0] for i in range(wide.bit_length() - 1)] + [[0, 0, 1], [0, 0, 8], [0, 0, 16]]
+    lane = [[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    return gl.DistributedLinearLayout(reg, lane, [], [], [8, wide, 32])
+
+
 @gluon.jit
 def _attend_exact(
     q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, first_head, chunk, n, packed, sinks, capacity,
@@ -270,16 +278,23 @@ def _attend_exact(
 
     Queries and probabilities enter the 16-bit products as high + low part: 16 bits or more.
     """
-    QA: gl.constexpr = gl.DotOperandLayout(0, S_L, 2)
-    KB: gl.constexpr = gl.DotOperandLayout(1, S_L, 2)
+    # A lane reads QD / 8 consecutive elements of a key or value; the products' order of dimensions follows from that.
+    WIDE: gl.constexpr = QD // 8
+    QA: gl.constexpr = gl.DotOperandLayout(0, S_L, WIDE)
+    KB: gl.constexpr = gl.DotOperandLayout(1, S_L, WIDE)
+    VA: gl.constexpr = gl.DotOperandLayout(0, S_L, 2)
+    PB: gl.constexpr = gl.DotOperandLayout(1, S_L, 2)
+    V_L: gl.constexpr = _exact_value_layout(WIDE)
     PARTS: gl.constexpr = D // QD
     dtype: gl.constexpr = k_recent.dtype.element_ty
     row = gl.arange(0, 16, gl.SliceLayout(1, QA))
     col = gl.arange(0, QD, gl.SliceLayout(0, QA))
     k_dim = gl.arange(0, QD, gl.SliceLayout(1, KB))
     k_token = gl.arange(0, 32, gl.SliceLayout(0, KB))
-    v_dim = gl.arange(0, QD, gl.SliceLayout(1, QA))
-    v_token = gl.arange(0, 32, gl.SliceLayout(0, QA))
+    # [8, WIDE, 32]: dimension WIDE g + a is row 8 a + g of V^T
+    v_dim = gl.arange(0, 8, gl.SliceLayout(1, gl.SliceLayout(2, V_L)))[:, None, None] * WIDE
+    v_dim += gl.arange(0, WIDE, gl.SliceLayout(0, gl.SliceLayout(2, V_L)))[None, :, None]
+    v_token = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, V_L)))
     hi0, lo0 = _halves(gl.zeros([16, 32], gl.float32, S_L))
     SL: gl.constexpr = hi0.type.layout
     token = gl.arange(0, 32, gl.SliceLayout(0, SL))
@@ -304,7 +319,7 @@ def _attend_exact(
         p_k = k_recent + at_r + (packed + k_index - in_sinks) % slots * D
         p_k = gl.where(k_index < in_sinks, k_sinks + at_s + k_index * D, p_k)
         v_index = begin + v_token
-        v_live = (v_index < count)[None, :] & (v_dim >= 0)[:, None]
+        v_live = (v_index < count)[None, None, :] & (v_dim >= 0)
         p_v = v_recent + at_r + (packed + v_index - in_sinks) % slots * D
         p_v = gl.where(v_index < in_sinks, v_sinks + at_s + v_index * D, p_v)
         total = gl.zeros([16, 32], gl.float32, S_L)
@@ -323,12 +338,13 @@ def _attend_exact(
         m = top
         p_high = p.to(dtype)
         p_low = (p - p_high.to(gl.float32)).to(dtype)
-        p_high = gl.convert_layout(gl.permute(p_high, (1, 0)), KB, assert_trivial=True)
-        p_low = gl.convert_layout(gl.permute(p_low, (1, 0)), KB, assert_trivial=True)
+        p_high = gl.convert_layout(gl.permute(p_high, (1, 0)), PB, assert_trivial=True)
+        p_low = gl.convert_layout(gl.permute(p_low, (1, 0)), PB, assert_trivial=True)
         column_alpha = gl.convert_layout(alpha, gl.SliceLayout(0, S_L))
         fresh = ()
         for c in gl.static_range(PARTS):
-            v = gl.load(p_v[None, :] + (c * QD + v_dim)[:, None], mask=v_live, other=0.0)
+            v = gl.load(p_v[None, None, :] + (c * QD + v_dim), mask=v_live, other=0.0)
+            v = gl.convert_layout(gl.reshape(gl.permute(v, (1, 0, 2)), [QD, 32]), VA)
             o = mma_v2(v, p_high, acc[c] * column_alpha[None, :])
             fresh = fresh + (mma_v2(v, p_low, o),)
         acc = fresh
@@ -338,10 +354,12 @@ def _attend_exact(
 @gluon.jit
 def _store_part(
     p_o, p_ml, m, l, acc, live, factor, at_part, rows, first_head,
-    G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, S_L: gl.constexpr,
+    G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, EXACT: gl.constexpr, S_L: gl.constexpr,
 ):  # fmt: skip
     """Store the result of 8 heads: entry at_part + head of p_o [.., D] (if live) and of p_ml [2, rows]."""
     dim = gl.arange(0, QD, gl.SliceLayout(1, S_L))
+    if EXACT:  # the order of rows in _attend_exact
+        dim = dim % 8 * (QD // 8) + dim // 8
     column = first_head + gl.arange(0, 8, gl.SliceLayout(0, S_L))
     head = first_head + gl.arange(0, 8, m.type.layout)
     if live:
@@ -378,6 +396,7 @@ def gluon_splits_kernel(
     QD: gl.constexpr = D // CHUNKS
     HEAD_TILES: gl.constexpr = (G + 7) // 8
     PLANES: gl.constexpr = (K_BITS + V_BITS) * CHUNKS
+    EXACT_D: gl.constexpr = 64 if D % 64 == 0 else 32
 
     S_L: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
     QA: gl.constexpr = gl.DotOperandLayout(0, S_L, 4)
@@ -448,10 +467,10 @@ def gluon_splits_kernel(
         for x in gl.static_range(HT):
             m_exact, l_exact, acc_exact, live = _attend_exact(
                 at_q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, (group + x) * 8, split,
-                n, packed, sinks, capacity, chunk_tokens, factor, cap, G, D, 32, SOFTCAP, S_L,
+                n, packed, sinks, capacity, chunk_tokens, factor, cap, G, D, EXACT_D, SOFTCAP, S_L,
             )  # fmt: skip
             _store_part(
-                exact_o, exact_ml, m_exact, l_exact, acc_exact, live, 1.0, at_part, exact_rows, (group + x) * 8, G, D, 32, S_L
+                exact_o, exact_ml, m_exact, l_exact, acc_exact, live, 1.0, at_part, exact_rows, (group + x) * 8, G, D, EXACT_D, True, S_L
             )
     if PDL:  # the queries must be ready from here on
         _wait_for_queries()
@@ -519,5 +538,6 @@ def gluon_splits_kernel(
             G,
             D,
             QD,
+            False,
             S_L,
         )

@@ -35,6 +35,7 @@ class CalibrationResult:
             the same (rounded-down) width with plain maps, or None if verification was switched off.
         fell_back: the uniform schedule won the measurement and was taken instead.
         repair: what measured swaps changed, or None.
+        choices: every layer's variants with their scores, empty with plain maps.
     """
 
     schedule: Schedule

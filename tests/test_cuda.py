@@ -1,0 +1,50 @@
+"""The packed cache in a model on a GPU: kernels, compiled decode under CUDA graphs, left padding."""
+
+import pytest
+import tiny
+import torch
+from transformers import DynamicCache
+
+from tq_ao import TurboQuantCache, TurboQuantConfig, quantize_kv_
+
+
+def built(cuda: torch.device, **shape: int) -> torch.nn.Module:
+    return tiny.model(vocab_size=512, num_hidden_layers=2, **shape).to(cuda, torch.bfloat16)
+
+
+def forced(model, ids, cache, chunks):
+    out, at = [], 0
+    with torch.no_grad():
+        for size in chunks:
+            out.append(model(ids[:, at : at + size], past_key_values=cache, use_cache=True).logits)
+            at += size
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize(("dim", "heads", "kv_heads"), [(64, 8, 2), (96, 4, 4), (128, 8, 2), (256, 8, 1)])
+def test_8_bits_follow_the_exact_cache(cuda, dim, heads, kv_heads):
+    model = built(cuda, head_dim=dim, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    ids, chunks = torch.randint(2, 512, (2, 700), device=cuda), [600, *[1] * 20, 80]
+    exact = forced(model, ids, DynamicCache(config=model.config), chunks)
+    quantize_kv_(model, TurboQuantConfig(bits=8))
+    for max_len in (None, 1024):
+        packed = forced(model, ids, model.turboquant.make_cache(max_len), chunks)
+        assert ((packed - exact).float().norm() / exact.float().norm()).item() < 0.1
+
+
+def test_generate_compiles_decode_and_padded_rows_are_their_own_runs(cuda):
+    model = built(cuda, num_attention_heads=8, num_key_value_heads=2, head_dim=64)
+    quantize_kv_(model, TurboQuantConfig(bits=4))
+    ids = torch.randint(2, 512, (3, 500), device=cuda)
+    mask = torch.ones_like(ids)
+    mask[1, :100], mask[2, :300] = 0, 0
+    options = {"max_new_tokens": 60, "do_sample": False}
+    torch._dynamo.utils.counters.clear()
+    out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
+    assert isinstance(out.past_key_values, TurboQuantCache) and out.past_key_values.is_compileable
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    eager = model.generate(ids, attention_mask=mask, disable_compile=True, **options)
+    assert (out.sequences == eager).float().mean() > 0.95
+    alone = model.generate(ids[1:2, 100:], attention_mask=mask[1:2, 100:], **options)
+    assert torch.equal(alone[0, 400:], out.sequences[1, 500:])

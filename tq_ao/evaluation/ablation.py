@@ -46,6 +46,7 @@ def ablation(
         {model, text, versions, commit, device, window, sinks,
         rows: [{experiment, name, bits, kl, kl_stderr, ppl_ratio}]}.
     """
+    origin = provenance()
     evaluate = Evaluator(setup.model, setup.evaluation, window=window, sinks=sinks)
     rows: list[dict[str, Any]] = []
 
@@ -94,7 +95,7 @@ def ablation(
             fitted = refit(setup.model, first, plans, window=window, sinks=sinks, sides=(side,), progress=progress)
             add("decoder", f"fitted, {side}", budget, schedule, fitted)
     return {
-        "model": setup.name, "text": setup.text, **provenance(), "window": window, "sinks": sinks, "rows": rows,
+        "model": setup.name, "text": setup.text, **origin, "window": window, "sinks": sinks, "rows": rows,
     }  # fmt: skip
 
 

@@ -72,6 +72,7 @@ def pareto(
         {model, text, versions, commit, device, rows: [{method, code_bits, stored_bits, window, sinks, kl, kl_stderr,
         ppl_ratio, ppl_ratio_stderr, top1, schedule}], variants}.
     """
+    origin = provenance()
     evaluate = Evaluator(setup.model, setup.evaluation, window=options.window, sinks=options.sinks)
     rows: list[dict[str, Any]] = []
 
@@ -126,6 +127,6 @@ def pareto(
             )  # fmt: skip
             ours("schedule, calibrated, repaired", fixed.schedule, calibrated.maps)
     return {
-        "model": setup.name, "text": setup.text, **provenance(), "metric": options.metric, "rows": rows,
+        "model": setup.name, "text": setup.text, **origin, "metric": options.metric, "rows": rows,
         "variants": {str(c.layer): [c.key_variant, c.value_variant] for c in calibrated.choices},
     }  # fmt: skip

@@ -22,6 +22,7 @@ def rank_metrics(
             setup.model, text, setup.plain, metric, bits=bits, window=window, sinks=sinks, seed=seed, progress=progress
         )
 
+    origin = provenance()
     truth = table("kl", setup.evaluation)
     rows, tables = [], {"kl, held out": truth}
     for metric in METRICS:
@@ -32,7 +33,7 @@ def rank_metrics(
     return {
         "model": setup.name,
         "text": setup.text,
-        **provenance(),
+        **origin,
         "window": window,
         "sinks": sinks,
         "rows": rows,

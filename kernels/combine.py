@@ -4,7 +4,7 @@
     mass = sum_s w_s l_s          total = mass + sum_e w_e l_e + 2 ** (sink - M)
     out  = ((sum_s w_s o_s) @ output_map + mass * value_shift + sum_e w_e o_e) / total
 
-Grid: (KV heads, blocks of R of that head's B * G queries).  Block: R queries, partial results taken SLOTS / R at a time.
+Grid: (KV heads, blocks of R of that head's B * G queries).  Block: R queries, SLOTS / R partial results at a time.
 """
 
 import triton
@@ -62,8 +62,8 @@ def combine_kernel(
 ):  # fmt: skip
     """See the module docstring.
 
-    split_o: float32 [B * H, splits, G, D], split_ml: float32 [2, B * H, splits, G], a split without tokens has l = 0 and an
-    unwritten o; exact_o, exact_ml: the same with chunks for splits; merged: float32 [2, B * H, G, D], scratch;
+    split_o: float32 [B * H, splits, G, D], split_ml: float32 [2, B * H, splits, G], a split without tokens has l = 0
+    and an unwritten o; exact_o, exact_ml: the same with chunks for splits; merged: float32 [2, B * H, G, D], scratch;
     out: [B * H * G, D] in the query's dtype.
     """
     if PDL:  # this launch may begin before the splits are done

@@ -60,7 +60,8 @@ def table_words(bits: int, table: tuple[int, ...]) -> tuple[int, int]:
 @lru_cache
 def grid_levels(book: Codebook, device: torch.device) -> torch.Tensor:
     """The levels of a codebook in grid units, which fp16 holds exactly: float16 [2 ** bits]."""
-    return torch.tensor([level * book.unit for level in book.levels], dtype=torch.float16, device=device)
+    grid = [level * book.unit for level in book.levels]
+    return torch.tensor(grid, dtype=torch.float16, device=device)
 
 
 def _tiled(name: str, x: torch.Tensor, inner: tuple[int, ...]) -> tuple[int, int]:
@@ -69,15 +70,18 @@ def _tiled(name: str, x: torch.Tensor, inner: tuple[int, ...]) -> tuple[int, int
     for size, stride in zip(reversed(inner), reversed(x.stride()[2:]), strict=True):
         if size > 1 and stride != expected:
             raise ValueError(
-                f"expected {name} with contiguous dimensions from the third on, got strides {x.stride()}; call contiguous()"
+                f"expected {name} contiguous from its third dimension on, got strides {x.stride()}; call contiguous()"
             )
         expected *= size
     return x.stride(0), x.stride(1)
 
 
 class Config(NamedTuple):
-    """How the Gluon kernel is launched: tiles of 8 query heads to a program, packed tiles to a softmax step, ring slots,
-    register cap, programs per multiprocessor."""
+    """How the Gluon kernel is launched.
+
+    Tiles of 8 query heads to a program, packed tiles to a softmax step, ring slots, register cap, programs to a
+    multiprocessor.
+    """
 
     head_tiles: int
     tiles: int
@@ -194,22 +198,24 @@ def decode_attention(
 
         here = 0 if separate else chunks
         gluon_splits_kernel[(splits, batch * heads, triton.cdiv(head_tiles, config.head_tiles))](
-            rotated, meta, k_codes.view(torch.int8), k_scales, v_codes.view(torch.int8), v_scales, q, k_sinks, v_sinks, k_recent, v_recent,
-            length, start, split_o, split_ml, exact_o, exact_ml, *key_strides, *value_strides, q.stride(0), q.stride(1),
-            *sink_strides, *recent_strides, heads, sinks, window, capacity, splits, here, chunk, factor, cap,
-            1.0 / value_book.unit, G=group, D=dim, K_BITS=key_book.bits, V_BITS=value_book.bits, HT=config.head_tiles,
+            rotated, meta, k_codes.view(torch.int8), k_scales, v_codes.view(torch.int8), v_scales,
+            q, k_sinks, v_sinks, k_recent, v_recent, length, start, split_o, split_ml, exact_o, exact_ml,
+            *key_strides, *value_strides, q.stride(0), q.stride(1), *sink_strides, *recent_strides,
+            heads, sinks, window, capacity, splits, here, chunk, factor, cap, 1.0 / value_book.unit,
+            G=group, D=dim, K_BITS=key_book.bits, V_BITS=value_book.bits, HT=config.head_tiles,
             TILES=config.tiles, STAGES=config.stages, SOFTCAP=softcap > 0, PDL=pdl,
             K_ASM=unpack_asm(key_book.bits, False), K_CONSTRAINTS=unpack_constraints(key_book.bits),
-            V_ASM=unpack_asm(value_book.bits, True), V_CONSTRAINTS=unpack_constraints(value_book.bits), num_warps=1,
-            maxnreg=config.registers, launch_pdl=pdl,
+            V_ASM=unpack_asm(value_book.bits, True), V_CONSTRAINTS=unpack_constraints(value_book.bits),
+            num_warps=1, maxnreg=config.registers, launch_pdl=pdl,
         )  # fmt: skip
     else:
         k_strides = (key_strides[0] // 4, key_strides[1] // 4, *key_strides[2:])
         v_strides = (value_strides[0] // 4, value_strides[1] // 4, *value_strides[2:])
         portable_splits_kernel[(splits, batch * heads, triton.cdiv(group, 16))](
             rotated, meta, k_codes.view(torch.int32), k_scales, v_codes.view(torch.int32), v_scales,
-            grid_levels(key_book, device), grid_levels(value_book, device), length, start, split_o, split_ml, *k_strides, *v_strides,
-            heads, sinks, window, capacity, splits, cap, 1.0 / value_book.unit, G=group, D=dim, DP=padded,
+            grid_levels(key_book, device), grid_levels(value_book, device), length, start, split_o, split_ml,
+            *k_strides, *v_strides, heads, sinks, window, capacity, splits, cap, 1.0 / value_book.unit,
+            G=group, D=dim, DP=padded,
             K_BITS=key_book.bits, V_BITS=value_book.bits, SOFTCAP=softcap > 0, num_warps=8, num_stages=1,
         )  # fmt: skip
     # Few queries: one to a program and many splits at a time; many: enough programs for two to a multiprocessor.

@@ -6,11 +6,11 @@ Per step of TILES tiles (32 tokens each) of one KV head, for up to 8 HT query he
     m'  = max(m, max s)            p = 2 ** (s - m')
     O^T = O^T * 2 ** (m - m') + V^T (p |v|)^T        fp16 x fp16 -> float32 (m16n8k16)
 
-Grid: (splits, batch * KV heads, tiles of 8 HT query heads); split i < chunks also attends to chunk i of the exact tokens.  Block: one warp with its own online softmax, a ring of
+Grid: (splits, batch * KV heads, tiles of 8 HT query heads); split i < chunks also attends to chunk i of the exact
+tokens.  Block: one warp with its own online softmax, a ring of
 STAGES steps filled by cp.async.  Rows of different length split what they have: the grid only knows the capacity.
 """
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
@@ -272,9 +272,10 @@ def _exact_value_layout(wide):
 @gluon.jit
 def _attend_exact(
     q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, first_head, chunk, n, packed, sinks, capacity,
-    chunk_tokens, factor, cap, G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, SOFTCAP: gl.constexpr, S_L: gl.constexpr,
+    chunk_tokens, factor, cap,
+    G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, SOFTCAP: gl.constexpr, S_L: gl.constexpr,
 ):  # fmt: skip
-    """Online softmax of 8 query heads over chunk_tokens exact tokens, 32 at a time: maximum, sum, output for each QD dimensions.
+    """Online softmax of 8 query heads over chunk_tokens exact tokens: maximum, sum, output for each QD dimensions.
 
     Queries and probabilities enter the 16-bit products as high + low part: 16 bits or more.
     """
@@ -295,7 +296,7 @@ def _attend_exact(
     v_dim = gl.arange(0, 8, gl.SliceLayout(1, gl.SliceLayout(2, V_L)))[:, None, None] * WIDE
     v_dim += gl.arange(0, WIDE, gl.SliceLayout(0, gl.SliceLayout(2, V_L)))[None, :, None]
     v_token = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, V_L)))
-    hi0, lo0 = _halves(gl.zeros([16, 32], gl.float32, S_L))
+    hi0, _ = _halves(gl.zeros([16, 32], gl.float32, S_L))
     SL: gl.constexpr = hi0.type.layout
     token = gl.arange(0, 32, gl.SliceLayout(0, SL))
     in_sinks = gl.minimum(n, sinks)
@@ -400,9 +401,6 @@ def gluon_splits_kernel(
 
     S_L: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
     QA: gl.constexpr = gl.DotOperandLayout(0, S_L, 4)
-    KB: gl.constexpr = gl.DotOperandLayout(1, S_L, 4)
-    VA: gl.constexpr = gl.DotOperandLayout(0, S_L, 2)
-    PB: gl.constexpr = gl.DotOperandLayout(1, S_L, 2)
     RAW: gl.constexpr = gl.BlockedLayout([LANE_BYTES], [32], [1], [0])
     COPY: gl.constexpr = gl.BlockedLayout([LANE_BYTES if LANE_BYTES < 16 else 16], [32], [1], [0])
     COPY_SCALE: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
@@ -422,7 +420,7 @@ def gluon_splits_kernel(
     end = ((split + 1).to(gl.int64) * steps // splits).to(gl.int32)
 
     zero = gl.zeros([16, 32], gl.int32, S_L)
-    hi0, lo0 = _halves(zero)
+    hi0, _ = _halves(zero)
     SL: gl.constexpr = hi0.type.layout
     HEAD: gl.constexpr = gl.SliceLayout(1, SL)
     TOKEN: gl.constexpr = gl.SliceLayout(0, SL)
@@ -434,10 +432,10 @@ def gluon_splits_kernel(
 
     # One allocation per plane: Triton 3.6 puts a barrier between any two copies into the same allocation.
     ring = ()
-    for i in gl.static_range(TILES * PLANES):
+    for _ in gl.static_range(TILES * PLANES):
         ring = ring + (gl.allocate_shared_memory(gl.int8, [STAGES, CHUNK_BYTES], FLAT),)
     scales = ()
-    for i in gl.static_range(TILES * 2):
+    for _ in gl.static_range(TILES * 2):
         scales = scales + (gl.allocate_shared_memory(gl.float16, [STAGES, 32], FLAT),)
     p_k = k_codes + b * stride_kb + h * stride_kh
     p_v = v_codes + b * stride_vb + h * stride_vh
@@ -470,8 +468,9 @@ def gluon_splits_kernel(
                 n, packed, sinks, capacity, chunk_tokens, factor, cap, G, D, EXACT_D, SOFTCAP, S_L,
             )  # fmt: skip
             _store_part(
-                exact_o, exact_ml, m_exact, l_exact, acc_exact, live, 1.0, at_part, exact_rows, (group + x) * 8, G, D, EXACT_D, True, S_L
-            )
+                exact_o, exact_ml, m_exact, l_exact, acc_exact, live, 1.0, at_part, exact_rows, (group + x) * 8,
+                G, D, EXACT_D, True, S_L,
+            )  # fmt: skip
     if PDL:  # the queries must be ready from here on
         _wait_for_queries()
     q_int = ()
@@ -502,15 +501,15 @@ def gluon_splits_kernel(
     full = gl.maximum(gl.minimum(end, packed // (32 * TILES)), first)
     for step in range(first, full):
         m, l, acc = _step(
-            q_int, q_start, step_size, bias, m, l, acc, ring, scales, p_k, p_v, p_ks, p_vs, k_low, k_high, v_low, v_high,
-            step, first, end, last, packed, cap, copy_at, scale_at, token,
+            q_int, q_start, step_size, bias, m, l, acc, ring, scales, p_k, p_v, p_ks, p_vs,
+            k_low, k_high, v_low, v_high, step, first, end, last, packed, cap, copy_at, scale_at, token,
             D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, False,
             K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
         )  # fmt: skip
     for step in range(full, end):
         m, l, acc = _step(
-            q_int, q_start, step_size, bias, m, l, acc, ring, scales, p_k, p_v, p_ks, p_vs, k_low, k_high, v_low, v_high,
-            step, first, end, last, packed, cap, copy_at, scale_at, token,
+            q_int, q_start, step_size, bias, m, l, acc, ring, scales, p_k, p_v, p_ks, p_vs,
+            k_low, k_high, v_low, v_high, step, first, end, last, packed, cap, copy_at, scale_at, token,
             D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, True,
             K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
         )  # fmt: skip
@@ -525,19 +524,6 @@ def gluon_splits_kernel(
         for c in gl.static_range(CHUNKS):
             mine = mine + (acc[x * CHUNKS + c],)
         _store_part(
-            split_o,
-            split_ml,
-            m_out,
-            l[x],
-            mine,
-            end > first,
-            inverse_unit,
-            at_split,
-            rows,
-            (group + x) * 8,
-            G,
-            D,
-            QD,
-            False,
-            S_L,
-        )
+            split_o, split_ml, m_out, l[x], mine, end > first, inverse_unit, at_split, rows, (group + x) * 8,
+            G, D, QD, False, S_L,
+        )  # fmt: skip

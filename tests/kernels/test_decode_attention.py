@@ -69,7 +69,13 @@ def make(case: Case, rng: torch.Generator, capacity_tiles: int | None = None) ->
         "output_map": normal(heads, dim, dim) / dim**0.5,
         "value_shift": shift * normal(heads, dim),
     }
-    args = {"q": normal(rows, heads * case.group, 1, dim).to(case.dtype), **cache, "length": length, "start": start, **maps}
+    args = {
+        "q": normal(rows, heads * case.group, 1, dim).to(case.dtype),
+        **cache,
+        "length": length,
+        "start": start,
+        **maps,
+    }
     args |= {"window": case.window, "scale": dim**-0.5, "softcap": case.softcap}
     args["sink_logits"] = normal(heads * case.group) if case.sink_logits else None
     return args

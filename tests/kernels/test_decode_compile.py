@@ -111,7 +111,9 @@ def _report(case: dict) -> dict:
         file.write(compiled.asm["cubin"])
         file.flush()
         sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
     # The loop over full steps: integer matrix products, and no masks, so the shorter of the two that have any.
     steps = sorted((loop for loop in _loops(sass) if "IMMA" in loop), key=len)
     return {
@@ -161,7 +163,9 @@ def test_gluon(name: str) -> None:
     assert got["registers"] <= config["registers"]
     k_bits, v_bits = case["bits"]
     tile = 4 * dim * (k_bits + v_bits) + 128  # codes and scales
-    assert got["shared"] <= config["stages"] * config["tiles"] * tile + 1024, "shared memory holds the ring and nothing else"
+    assert got["shared"] <= config["stages"] * config["tiles"] * tile + 1024, (
+        "shared memory holds the ring and nothing else"
+    )
     # One PRMT looks four codes up, a second gives four signs; int8 values take two to become fp16.
     per_four = sum({4: 2, 8: eight}.get(bits, 1) for bits, eight in ((k_bits, 0), (v_bits, 2)))
     prmt = config["tiles"] * 32 * dim // 128 * per_four

@@ -1,0 +1,359 @@
+"""Time decode attention over packed K and V against the bf16 kernels on this GPU.
+
+    python scripts/benchmark.py attention [--output FILE] [--rows NAME ...]    measure, print and write JSON
+    python scripts/benchmark.py table [FILE]                                   the JSON as a Markdown table
+    python scripts/benchmark.py plot [FILE] [--output FILE.svg]                speed-up against length
+
+One process, one GPU.  Every figure is the whole operation of one decode step (query preparation, packed tiles, exact
+window, merge, un-rotation), replayed from a CUDA graph that rotates among input copies larger together than the L2
+cache.  The baselines read the same number of tokens in bf16 from contiguous memory.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+RESULT = Path(__file__).resolve().parents[1] / "benchmarks/results/attention_h200.json"
+WINDOW, SINKS, RING = 128, 4, 256
+
+
+class Row(NamedTuple):
+    name: str
+    batch: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    length: int
+
+
+ROWS = [
+    Row("Llama-3-8B, 32 rows", 32, 8, 4, 128, 8192),
+    Row("Llama-3-8B, 8 long rows", 8, 8, 4, 128, 32768),
+    Row("70B class, 8 rows", 8, 8, 8, 128, 131072),
+    Row("Llama-3-8B, one long row", 1, 8, 4, 128, 131072),
+    Row("Llama-3-8B, one row", 1, 8, 4, 128, 32768),
+    Row("Llama-3-8B, 8 short rows", 8, 8, 4, 128, 4096),
+    Row("30B MoE class, 64 short rows", 64, 4, 8, 128, 2048),
+    Row("Qwen2.5-7B", 16, 4, 7, 128, 16384),
+    Row("Gemma-2B, short", 32, 1, 8, 256, 2048),
+    Row("Gemma-2B, long", 32, 1, 8, 256, 16384),
+    Row("TinyLlama, short", 32, 4, 8, 64, 2048),
+    Row("TinyLlama, long", 32, 4, 8, 64, 16384),
+    Row("no grouping", 8, 32, 1, 128, 8192),
+    Row("16 heads to a KV head", 16, 2, 16, 128, 16384),
+]
+
+
+def packed_inputs(row: Row, bits: int, seed: int) -> tuple:
+    """A cache of random codes and scales, and the other arguments of tq_ao.ops.decode_attention."""
+    from tq_ao.packing import TILE, tile_bytes
+    from tq_ao.reference import packed_tokens
+
+    g = torch.Generator("cuda").manual_seed(seed)
+    b, h, d = row.batch, row.kv_heads, row.head_dim
+    tiles = -(-packed_tokens(row.length, SINKS, WINDOW, RING) // TILE) + 1
+
+    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, device="cuda", dtype=dtype)
+
+    def codes() -> torch.Tensor:
+        shape = (b, h, tiles, tile_bytes(bits, d))
+        return torch.randint(0, 256, shape, generator=g, device="cuda", dtype=torch.uint8)
+
+    def scales() -> torch.Tensor:
+        return torch.rand(b, h, tiles, TILE, generator=g, device="cuda").add_(0.5).half()
+
+    cache = (codes(), scales(), codes(), scales())
+    exact = (normal(b, h, SINKS, d), normal(b, h, SINKS, d), normal(b, h, RING, d), normal(b, h, RING, d))
+    position = (torch.tensor(row.length, device="cuda"), torch.zeros(b, dtype=torch.int64, device="cuda"))
+    f32 = torch.float32
+    maps = [normal(h, d, d, dtype=f32) / d**0.5, normal(h, d, dtype=f32)]
+    maps += [normal(h, d, d, dtype=f32) / d**0.5, normal(h, d, dtype=f32)]
+    return (normal(b, h * row.group, 1, d), *cache, *exact, *position, *maps, WINDOW, d**-0.5)
+
+
+def own_bytes(row: Row, bits: int) -> int:
+    """Bytes of K and V a step reads: codes and scales of packed tokens, bf16 of the others; at 16 bits all are."""
+    from tq_ao.reference import packed_tokens
+
+    packed = packed_tokens(row.length, SINKS, WINDOW, RING) if bits < 16 else 0
+    exact = (row.length - packed) * row.head_dim * 2
+    return 2 * row.batch * row.kv_heads * (packed * (row.head_dim * bits // 8 + 2) + exact)
+
+
+def time_calls(calls: Sequence[Callable[[], object]], replays: int = 30) -> dict[str, float]:
+    """Microseconds of one call: median, 10th and 90th percentile over replays of a graph of all calls in turn."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    repeats = max(1, 8 // len(calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            for call in calls:
+                call()
+    times = []
+    for i in range(replays + 3):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if i >= 3:
+            times.append(begin.elapsed_time(end) * 1e3 / (repeats * len(calls)))
+    deciles = statistics.quantiles(times, n=10)
+    return {"us_median": statistics.median(times), "us_p10": deciles[0], "us_p90": deciles[-1]}
+
+
+def copies_beyond_cache(size: int) -> int:
+    """How many input copies of `size` bytes it takes to exceed the L2 cache three times."""
+    return max(1, min(16, -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // size)))
+
+
+def baselines(row: Row) -> dict[str, list[Callable[[], torch.Tensor]]]:
+    """Calls of the bf16 kernels that are installed and accept the shape."""
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    b, h, d, n = row.batch, row.kv_heads, row.head_dim, row.length
+    count = copies_beyond_cache(own_bytes(row, 16))
+    q = torch.randn(b, h * row.group, 1, d, device="cuda", dtype=torch.bfloat16)
+    kv = [torch.randn(2, b, h, n, d, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+
+    def sdpa(backend: SDPBackend, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    found: dict[str, list[Callable[[], torch.Tensor]]] = {}
+    names = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    for name, backend in (names | {"efficient": SDPBackend.EFFICIENT_ATTENTION}).items():
+        found[f"sdpa {name} bf16"] = [partial(sdpa, backend, x[0], x[1]) for x in kv]
+    try:
+        flash_attn_with_kvcache = importlib.import_module("fa3_fwd_interface").flash_attn_with_kvcache
+
+        lengths = torch.full((b,), n, device="cuda", dtype=torch.int32)
+        rows = [x.transpose(2, 3).contiguous() for x in kv]  # [2, B, n, H, D]
+        q_row = q.transpose(1, 2).contiguous()
+        found["flash-attention 3 bf16"] = [
+            partial(flash_attn_with_kvcache, q_row, x[0], x[1], cache_seqlens=lengths) for x in rows
+        ]
+    except ImportError:
+        print("  flash-attention 3 (fa3-fwd) is not installed: not measured", file=sys.stderr)
+    try:
+        decode = importlib.import_module("flashinfer").single_decode_with_kv_cache
+
+        if b == 1:
+            found["flashinfer bf16"] = [partial(decode, q[0, :, 0], x[0, 0], x[1, 0], kv_layout="HND") for x in kv]
+    except ImportError:
+        print("  flashinfer is not installed: not measured", file=sys.stderr)
+    return found
+
+
+def time_baselines(row: Row) -> dict[str, dict[str, float]]:
+    """Times of the bf16 kernels that run on this shape."""
+    measured = {}
+    for name, calls in baselines(row).items():
+        try:
+            measured[name] = time_calls(calls)
+        except RuntimeError as refused:
+            print(f"  {name} does not run: {str(refused).splitlines()[0][:90]}", file=sys.stderr)
+    return measured
+
+
+def relative_error(arguments: tuple, impl: str) -> float:
+    """Error of row 0 against float64 on the same codes, from a float32 query so that no output rounding is counted."""
+    from tq_ao import ops, reference
+
+    first = [x[:1] if isinstance(x, torch.Tensor) and (i < 9 or i == 10) else x for i, x in enumerate(arguments)]
+    first[0] = first[0].float()
+    exact = reference.attention(first[0].double(), *first[1:], dtype=torch.float64)  # type: ignore[misc, arg-type]
+    out = ops.decode_attention(arguments[0].float(), *arguments[1:], impl=impl)[:1].double()
+    return ((out - exact).norm() / exact.norm()).item()
+
+
+def read_ceiling() -> float:
+    """GB/s of a reduction over 8 GB."""
+    x = torch.ones(2 << 30, device="cuda")
+    y = x.view(1 << 15, -1)
+    return x.nbytes / time_calls([lambda: torch.amax(y, 1)], 10)["us_median"] / 1e3
+
+
+def warm(row: Row, bits: int) -> None:
+    """Compile the kernels of a row in a process of its own; Triton's disk cache hands them on."""
+    from tq_ao import ops
+
+    small = row._replace(batch=min(row.batch, 2), length=min(row.length, 8192))
+    ops.decode_attention(*packed_inputs(small, bits, 0), impl="auto")
+
+
+def measure(rows: list[Row], jobs: int, save: Callable[[list[dict]], object]) -> None:
+    """Measure row by row; `save` gets all results so far after each, so that an interrupted run keeps what it has."""
+    from tq_ao import ops
+
+    widths = (2, 3, 4)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        shapes = {(r.kv_heads == 1, r.group, r.head_dim, r.batch == 1): r for r in rows}.values()
+        for done in [pool.submit(warm, r, bits) for r in shapes for bits in widths]:
+            done.result()
+    ceiling = read_ceiling()
+    print(f"read ceiling {ceiling:.0f} GB/s", flush=True)
+    results = []
+
+    def add(row: Row, impl: str, bits: int, times: dict[str, float], best: float | None, error: float | None) -> None:
+        rate = own_bytes(row, bits) / times["us_median"] / 1e3
+        entry = {"impl": impl, **row._asdict(), "k_bits": bits, "v_bits": bits}
+        entry |= {key: round(value, 2) for key, value in times.items()}
+        entry |= {"gb_s": round(rate, 1), "percent_of_read_ceiling": round(100 * rate / ceiling, 1)}
+        entry["speedup_vs_best_bf16"] = round((best or times["us_median"]) / times["us_median"], 3)
+        entry["rel_error"] = error
+        results.append(entry)
+        speed = f"{entry['speedup_vs_best_bf16']:.2f}x" if best else ""
+        print(f"  {impl:24} {bits:2} bits {times['us_median']:9.1f} us {rate:7.0f} GB/s {speed}", flush=True)
+
+    for row in rows:
+        print(
+            f"{row.name}: {row.batch} x {row.length}, Hkv {row.kv_heads}, G {row.group}, D {row.head_dim}", flush=True
+        )
+        measured = time_baselines(row)
+        torch.cuda.empty_cache()
+        best = min(times["us_median"] for times in measured.values())
+        for name, times in measured.items():
+            add(row, name, 16, times, best, None)
+        for bits in widths:
+            inputs = [packed_inputs(row, bits, seed) for seed in range(copies_beyond_cache(own_bytes(row, bits)))]
+            impls = ["gluon", "triton"] if bits == 3 else ["gluon"]
+            if bits == 3 and row.batch * row.kv_heads * row.length <= 1 << 18:
+                impls.append("reference")
+            for impl in impls:
+                error = relative_error(inputs[0], impl)
+                if impl == "reference":  # reads lengths on the host: no graph
+                    times = time_eager(partial(ops.decode_attention, *inputs[0], impl=impl))
+                else:
+                    times = time_calls([partial(ops.decode_attention, *x, impl=impl) for x in inputs])
+                add(row, impl, bits, times, best, error)
+            del inputs
+            torch.cuda.empty_cache()
+        save(results)
+
+
+def time_eager(call: Callable[[], object]) -> dict[str, float]:
+    """Microseconds of one call outside a graph."""
+    times = []
+    for _ in range(6):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    times = sorted(times[1:])
+    return {"us_median": statistics.median(times), "us_p10": times[0], "us_p90": times[-1]}
+
+
+def versions() -> dict[str, str]:
+    found = {"cuda": str(torch.version.cuda)}
+    for name in ("tq_ao", "torch", "triton", "fa3-fwd", "flashinfer-python"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    try:
+        root = Path(__file__).parent
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def attention(args: argparse.Namespace) -> None:
+    if not torch.cuda.is_available():
+        sys.exit("benchmark.py attention needs a CUDA device, and none is available here")
+    rows = [row for row in ROWS if not args.rows or any(name in row.name for name in args.rows)]
+    result = {"device": torch.cuda.get_device_name(0), "versions": versions(), "commit": args.commit or commit()}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    measure(rows, args.jobs, lambda done: args.output.write_text(json.dumps(result | {"rows": done}, indent=1) + "\n"))
+    print(f"wrote {args.output}")
+
+
+def table(args: argparse.Namespace) -> None:
+    result = json.loads(args.file.read_text())
+    print(f"{result['device']}, {', '.join(f'{k} {v}' for k, v in result['versions'].items())}\n")
+    print("| shape (B x L, Hkv, G, D) | best bf16, µs | 4 bits | 3 bits | 2 bits | error at 3 bits |")
+    print("|---|---|---|---|---|---|")
+    for row in ROWS:
+        entries = [e for e in result["rows"] if e["name"] == row.name]
+        if not entries:
+            continue
+        bf16 = min((e for e in entries if e["k_bits"] == 16), key=lambda e: e["us_median"])
+        own = {e["k_bits"]: e for e in entries if e["impl"] == "gluon"}
+        cells = [f"{own[b]['us_median']:.1f} µs, {own[b]['speedup_vs_best_bf16']:.2f}x" for b in (4, 3, 2)]
+        shape = f"{row.name}: {row.batch} x {row.length}, {row.kv_heads}, {row.group}, {row.head_dim}"
+        print(
+            f"| {shape} | {bf16['us_median']:.1f} ({bf16['impl']}) | {' | '.join(cells)} | {own[3]['rel_error']:.1e} |"
+        )
+
+
+def plot(args: argparse.Namespace) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    result = json.loads(args.file.read_text())
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for bits, colour in ((2, "tab:green"), (3, "tab:blue"), (4, "tab:orange")):
+        entries = [e for e in result["rows"] if e["impl"] == "gluon" and e["k_bits"] == bits]
+        axes.scatter(
+            [e["length"] for e in entries],
+            [e["speedup_vs_best_bf16"] for e in entries],
+            color=colour,
+            label=f"{bits} bits",
+        )
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set(xscale="log", xlabel="tokens in the cache", ylabel="speed against the best bf16 kernel", ylim=(0, None))
+    axes.set_title(f"Decode attention, {result['device']}")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(args.output)
+    print(f"wrote {args.output}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("attention", help="measure on this GPU and write JSON")
+    one.add_argument("--output", type=Path, default=RESULT)
+    one.add_argument("--rows", nargs="*", help="only rows whose name contains one of these")
+    one.add_argument("--jobs", type=int, default=8, help="processes that compile ahead")
+    one.add_argument("--commit", help="recorded in the JSON; default: git rev-parse HEAD")
+    one.set_defaults(run=attention)
+    two = commands.add_parser("table", help="print a Markdown table of a JSON file")
+    two.add_argument("file", type=Path, nargs="?", default=RESULT)
+    two.set_defaults(run=table)
+    three = commands.add_parser("plot", help="draw a JSON file")
+    three.add_argument("file", type=Path, nargs="?", default=RESULT)
+    three.add_argument("--output", type=Path, default=RESULT.parents[2] / "docs/attention_h200.svg")
+    three.set_defaults(run=plot)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -95,7 +95,18 @@ def configure(head_dim: int, head_tiles: int, k_bits: int, v_bits: int) -> Confi
     together = min(head_tiles, 2 if head_dim <= 128 else 1)
     if together == 2 or head_dim > 128:
         return Config(together, tiles=1, stages=2, registers=255, resident=8)
+    if head_dim % 64:  # one ring plane for each group of 32 codes: more addresses
+        return Config(together, tiles=2, stages=2, registers=200, resident=10)
     return Config(together, tiles=2, stages=2, registers=168, resident=12)
+
+
+def _readable_by_gluon(*exact: torch.Tensor) -> bool:
+    """Whether tensors of exact tokens have one 16-bit dtype and rows on 16-byte boundaries."""
+    return all(
+        x.dtype == exact[0].dtype and x.dtype.itemsize == 2 and x.data_ptr() % 16 == 0
+        and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0
+        for x in exact
+    )  # fmt: skip
 
 
 def split_count(programs: int, tiles: int, slots: int, tiles_per_step: int) -> int:
@@ -166,7 +177,7 @@ def decode_attention(
         rotated = torch.empty(rows * dim, dtype=f32, device=device)
     meta = torch.empty(batch * heads * head_tiles * 32, dtype=f32, device=device)
     # The Gluon kernel attends to a 16-bit window itself, at the same time as to the packed tiles.
-    separate = not use_gluon or k_recent.dtype.itemsize != 2 or k_sinks.dtype != k_recent.dtype
+    separate = not use_gluon or not _readable_by_gluon(k_sinks, v_sinks, k_recent, v_recent)
     # Exact tokens a row can have: the sinks, the window, and what waits for its tile to fill.
     exact_tokens = max(1, sinks + (min(window + TILE, capacity) if capacity else 0))
     # Each split program takes an equal share of them.

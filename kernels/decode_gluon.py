@@ -316,13 +316,13 @@ def _attend_exact(
     l = gl.full([8], 0.0, gl.float32, gl.SliceLayout(1, SL))
     for begin in range(chunk * chunk_tokens, gl.minimum(count, (chunk + 1) * chunk_tokens), 32):
         k_index = begin + k_token
-        k_live = (k_index < count)[None, :] & (k_dim >= 0)[:, None]
+        k_live = (k_index < count)[None, :]
         p_k = k_recent + at_r + (packed + k_index - in_sinks) % slots * D
-        p_k = gl.where(k_index < in_sinks, k_sinks + at_s + k_index * D, p_k)
+        p_k = gl.multiple_of(gl.where(k_index < in_sinks, k_sinks + at_s + k_index * D, p_k), 16)
         v_index = begin + v_token
-        v_live = (v_index < count)[None, None, :] & (v_dim >= 0)
+        v_live = (v_index < count)[None, None, :]
         p_v = v_recent + at_r + (packed + v_index - in_sinks) % slots * D
-        p_v = gl.where(v_index < in_sinks, v_sinks + at_s + v_index * D, p_v)
+        p_v = gl.multiple_of(gl.where(v_index < in_sinks, v_sinks + at_s + v_index * D, p_v), 16)
         total = gl.zeros([16, 32], gl.float32, S_L)
         for c in gl.static_range(PARTS):
             k = gl.load(p_k[None, :] + (c * QD + k_dim)[:, None], mask=k_live, other=0.0)
@@ -366,7 +366,7 @@ def _store_part(
     if live:
         for c in gl.static_range(D // QD):
             to = p_o + at_part * D + column[None, :] * D + (c * QD + dim)[:, None]
-            gl.store(to, acc[c] * factor, mask=(column < G)[None, :] & (dim >= 0)[:, None])
+            gl.store(to, acc[c] * factor, mask=(column < G)[None, :])
     gl.store(p_ml + at_part + head, m, mask=head < G)
     gl.store(p_ml + rows + at_part + head, l, mask=head < G)
 

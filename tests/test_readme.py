@@ -1,0 +1,37 @@
+"""The README's tables say what the committed result files say."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+METHODS = {
+    "TurboQuant, uniform": "uniform, plain",
+    "25/50/25 by weight MSE": "25/50/25 by k_proj weight MSE",
+    "**`--schedule auto`**": "schedule, calibrated",
+}
+
+
+def section(name: str) -> list[str]:
+    return re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", README, re.S)[1].strip().splitlines()
+
+
+def test_attention_table():
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "table"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert section("attention") == [line for line in printed.splitlines() if line.startswith("|")]
+
+
+def test_quality_table():
+    lines = section("quality")[2:]
+    assert len(lines) >= 12
+    for line in lines:
+        model, method, bits, stored, kl, perplexity = (cell.strip() for cell in line.strip("|").split("|"))
+        result = json.loads((ROOT / "benchmarks" / "results" / f"pareto_{model.lower()}.json").read_text())
+        name = METHODS.get(method, method)
+        row = next(r for r in result["rows"] if r["method"] == name and r["code_bits"] == float(bits))
+        assert kl == f"{row['kl']:.5f} ± {row['kl_stderr']:.5f}"
+        assert (stored, perplexity) == (f"{row['stored_bits']:.3g}", f"{100 * (row['ppl_ratio'] - 1):+.2f} %")

@@ -318,10 +318,11 @@ def _attend_exact(
         k_index = begin + k_token
         k_live = (k_index < count)[None, :]
         p_k = k_recent + at_r + (packed + k_index - in_sinks) % slots * D
-        p_k = gl.multiple_of(gl.where(k_index < in_sinks, k_sinks + at_s + k_index * D, p_k), 16)
+        p_k = gl.where(k_index < in_sinks, k_sinks + at_s + k_index * D, p_k)
         v_index = begin + v_token
         v_live = (v_index < count)[None, None, :]
         p_v = v_recent + at_r + (packed + v_index - in_sinks) % slots * D
+        # Triton 3.9 loses the alignment at the selection; the same hint on keys makes its loop spill.
         p_v = gl.multiple_of(gl.where(v_index < in_sinks, v_sinks + at_s + v_index * D, p_v), 16)
         total = gl.zeros([16, 32], gl.float32, S_L)
         for c in gl.static_range(PARTS):

@@ -80,7 +80,7 @@ def test_storage_is_packed_and_counted_from_the_tensors(rng):
     assert layer.v_codes.nbytes + layer.v_scales.nbytes == vectors * 34
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in layer.buffers()}
     assert sum(stored.values()) == sum(layer.nbytes().values())
-    key, value = layer.tensors()
+    key, _ = layer.tensors()
     assert isinstance(key, TurboQuantTensor) and key.codes.data_ptr() == layer.k_codes.data_ptr()
 
 
@@ -237,8 +237,13 @@ def test_mixed_schedule_with_an_exact_layer(rng):
         model, TurboQuantConfig(layers={0: LayerScheme(4, 2), 2: LayerScheme(16, 16)}, window=WINDOW, sinks=SINKS)
     )
     for implementation in (None, "static"):
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, cache_implementation=implementation,
-                             return_dict_in_generate=True)  # fmt: skip
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=20,
+            cache_implementation=implementation,
+            return_dict_in_generate=True,
+        )
         kinds = [type(layer).__name__ for layer in out.past_key_values.layers]
         assert kinds[:2] == ["TurboQuantLayer"] * 2 and kinds[2] in ("DynamicLayer", "StaticLayer")
 
@@ -268,6 +273,63 @@ def test_crop_and_continue(max_len, rng):
     assert int(deep.get_seq_length()) == 0
     again = teacher_forced(model, ids, deep, [200] + [1] * 60)
     assert relative(again[:, -1], want[:, -1]) < 1e-3
+
+
+@pytest.mark.parametrize("max_len", [None, 512])
+def test_crops_in_a_row_are_one_crop(max_len, rng):
+    """Each is shallow, together they are not: what the ring has lost comes back from the tiles."""
+    model, ids = tiny.model(), prompt(rng, 2, 260)
+    quantize_kv_(model, EIGHT)
+    want = teacher_forced(model, ids, model.turboquant.make_cache(max_len), [110] + [1] * 150)
+    cache = model.turboquant.make_cache(max_len)
+    teacher_forced(model, ids, cache, [260])
+    for _ in range(5):
+        cache.crop(-30)
+    got = teacher_forced(model, ids[:, 110:], cache, [1] * 20)
+    assert relative(got, want[:, 110:130]) < 0.05
+    cache.crop(-20)  # what was written after a deep crop is exact, whatever the tiles beyond it still say
+    got = teacher_forced(model, ids[:, 110:], cache, [1] * 150)
+    assert relative(got, want[:, 110:]) < 0.05
+
+
+def test_a_growing_cache_refuses_to_lose_more_than_it_holds(rng):
+    model = tiny.model()
+    quantize_kv_(model, THREE)
+    cache = model.turboquant.make_cache()
+    teacher_forced(model, prompt(rng, 1, 10), cache, [10])
+    with pytest.raises(ValueError, match="at most 10 tokens, got 11"):
+        cache.crop(-11)
+    assert cache.get_seq_length() == 10
+
+
+@pytest.mark.parametrize("max_len", [None, 256])
+@pytest.mark.parametrize("chunks", [[1] * 120, [40, 1, 39, 40], [64, 56]])
+def test_padding_longer_than_the_first_chunks(chunks, max_len, rng):
+    """A row that is all padding for a while stores what its unpadded run stores, however the prompt is cut."""
+    model, ids = tiny.model(num_hidden_layers=1), prompt(rng, 2, 120)
+    quantize_kv_(model, TurboQuantConfig(bits=3, window=0, sinks=SINKS))
+    mask = torch.ones_like(ids)
+    mask[1, :50] = 0
+    cache, at = model.turboquant.make_cache(max_len), 0
+    with torch.no_grad():
+        for size in chunks:
+            at += size
+            model(ids[:, at - size : at], attention_mask=mask[:, :at], past_key_values=cache)
+    assert cache.layers[0].start.tolist() == [0, 50]
+
+
+def test_padding_that_changes_is_refused(rng):
+    model, ids = tiny.model(), prompt(rng, 2, 60)
+    quantize_kv_(model, THREE)
+    cache, mask = model.turboquant.make_cache(), torch.ones(2, 60, dtype=torch.long)
+    mask[1, :20] = 0
+    with torch.no_grad():
+        model(ids[:, :40], attention_mask=mask[:, :40], past_key_values=cache)
+        with pytest.raises(ValueError, match="covers all 60 tokens"):
+            model(ids[:, 40:], attention_mask=mask[:, 40:], past_key_values=cache)
+        model(ids[:, 40:50], attention_mask=torch.ones_like(mask)[:, :50], past_key_values=cache)
+        with pytest.raises(ValueError, match="same left padding"):
+            model(ids[:, 50:], attention_mask=mask, past_key_values=cache)
 
 
 @pytest.mark.parametrize("max_len", [None, 512])

@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 
 from tq_ao import ops, reference
+from tq_ao.codebook import ROLES
 from tq_ao.config import LayerScheme, TurboQuantConfig
 from tq_ao.packing import TILE, tile_bytes
 from tq_ao.rotation import MapSource
@@ -53,6 +54,8 @@ class TurboQuantLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
+    length: torch.Tensor  # int64 0-d, tokens seen, padding included
+    start: torch.Tensor  # int64 [B], position of each row's first real token
 
     def __init__(
         self,
@@ -69,11 +72,13 @@ class TurboQuantLayer(CacheLayerMixin):
         self.is_compileable = max_cache_len is not None
         self.is_empty = True
         self.seen = 0  # host copy of the length; a growing layer's only
-        self.start: torch.Tensor | None = None
+        self.behind = 0  # at least how far the ring has been written beyond the length (crop)
+        self._first_start: torch.Tensor | None = None  # a start told before the buffers exist
 
     def __repr__(self) -> str:
         kind = "growing" if self.max_cache_len is None else f"max_cache_len={self.max_cache_len}"
-        return f"TurboQuantLayer(k_bits={self.scheme.k_bits}, v_bits={self.scheme.v_bits}, window={self.window}, sinks={self.sinks}, {kind})"
+        bits = f"k_bits={self.scheme.k_bits}, v_bits={self.scheme.v_bits}"
+        return f"TurboQuantLayer({bits}, window={self.window}, sinks={self.sinks}, {kind})"
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         batch, heads, _, dim = key_states.shape
@@ -96,11 +101,11 @@ class TurboQuantLayer(CacheLayerMixin):
             )
             setattr(self, f"{side}_recent", torch.zeros(batch, heads, ring, dim, dtype=self.dtype, device=self.device))
         self.length = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.start = (
-            torch.zeros(batch, dtype=torch.int64, device=self.device)
-            if self.start is None
-            else self.start.to(self.device)
-        )
+        self.written = torch.zeros_like(self.length)  # length the ring was written up to before the last crop
+        if self._first_start is None:
+            self.start = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        else:
+            self.start, self._first_start = self._first_start.to(self.device), None
         if self.is_compileable and not torch.compiler.is_compiling():
             for tensor in (*self.buffers(), self.length, self.start):
                 torch._dynamo.mark_static_address(tensor)
@@ -112,10 +117,17 @@ class TurboQuantLayer(CacheLayerMixin):
 
     def set_start(self, start: torch.Tensor) -> None:
         """Position of each row's first real token, int64 [B]; before the keys of that chunk arrive."""
-        if self.start is None:
-            self.start = start.clone()
-        else:
+        if self.is_initialized:
+            self._check_batch(start.shape[0])
             self.start.copy_(start)
+        else:
+            self._first_start = start.clone()
+
+    def _check_batch(self, rows: int) -> None:
+        if rows != self.batch_size:
+            raise ValueError(
+                f"expected batch size {self.batch_size}, got {rows}; reset() keeps the batch size, make a new cache"
+            )
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -131,10 +143,7 @@ class TurboQuantLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         q = key_states.shape[2]
-        if key_states.shape[0] != self.batch_size:
-            raise ValueError(
-                f"expected batch size {self.batch_size}, got {key_states.shape[0]}; reset() keeps the batch size, make a new cache"
-            )
+        self._check_batch(key_states.shape[0])
         if self.max_cache_len is None:
             self._grow(self.seen + q)
             self.seen += q
@@ -187,10 +196,8 @@ class TurboQuantLayer(CacheLayerMixin):
 
     def _grow(self, tokens: int) -> None:
         """Room for the tiles of `tokens` tokens, half as much again at a time."""
-        have, need = (
-            self.k_codes.shape[2],
-            reference.packed_tokens(tokens, self.sinks, self.window, self.k_recent.shape[2]) // TILE,
-        )
+        have = self.k_codes.shape[2]
+        need = reference.packed_tokens(tokens, self.sinks, self.window, self.k_recent.shape[2]) // TILE
         if need <= have:
             return
         tiles = max(need, have + have // 2, 8)
@@ -213,48 +220,67 @@ class TurboQuantLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Empty the layer, keeping its buffers (and their addresses)."""
-        self.is_empty, self.seen = True, 0
+        self.is_empty, self.seen, self.behind, self._first_start = True, 0, 0, None
         if self.is_initialized:
-            self.length.zero_()
-            self.start.zero_()
+            for tensor in (self.length, self.start, self.written):
+                tensor.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest `-tokens_to_remove` tokens (0 or negative, as transformers passes it).
 
-        Up to 32 tokens cost nothing.  Beyond that, tokens that fall back into the window but exist only as
-        codes return to the ring as their reconstruction; packing them again yields the same codes.
+        Up to 32 tokens cost nothing.  Beyond that, in one call or in several, tokens that fall back into the
+        window but exist only as codes return to the ring as their reconstruction; packing them again yields the
+        same codes.
+
+        Raises:
+            ValueError: a positive number, or more tokens than the layer holds (a static layer, whose length is on
+                the device, is emptied instead by crops that cost nothing).
         """
         if tokens_to_remove > 0:
             raise ValueError(
-                f"expected crop(-n) to remove n tokens, got {tokens_to_remove}; positive crops are gone from transformers"
+                f"expected crop(-n) to remove n tokens, got {tokens_to_remove}; "
+                "positive crops are gone from transformers"
             )
         removed = -tokens_to_remove
         if not self.is_initialized or not removed:
             return
-        if removed > RING_SLACK - TILE:
-            self._restore_ring(int(self.length) - removed)
-        self.length.sub_(removed)
         if self.max_cache_len is None:
+            self._check_holds(self.seen, removed)
             self.seen -= removed
-        if removed > RING_SLACK - TILE and int(self.length) <= 0:
-            self.reset()
+        torch.maximum(self.written, self.length, out=self.written)
+        self.behind += removed
+        if self.behind > RING_SLACK - TILE:  # perhaps not, if tokens have come in between: look at the device
+            length = int(self.length)
+            self._check_holds(length, removed)
+            self.behind = int(self.written) - (length - removed)
+            if self.behind > RING_SLACK - TILE:
+                self._restore_ring(length - removed, int(self.written))
+            if length == removed:
+                self.reset()
+                return
+        self.length.sub_(removed).clamp_(min=0)
+        # A restored ring is as good as one written up to here: its oldest token is the first that is not packed.
+        torch.minimum(self.written, self.length + RING_SLACK, out=self.written)
 
-    def _restore_ring(self, length: int) -> None:
+    def _check_holds(self, length: int, removed: int) -> None:
+        if removed > length:
+            raise ValueError(f"expected to remove at most {length} tokens, got {removed}; reset() empties a cache")
+
+    def _restore_ring(self, length: int, written: int) -> None:
         """Put what a cache of `length` tokens keeps in its ring back there, from the tiles where need be."""
-        ring, before, maps = self.k_recent.shape[2], int(self.length), self.layer_maps
-        if length < 0:
-            raise ValueError(f"expected to remove at most {before} tokens, got {before - length}")
+        ring, maps = self.k_recent.shape[2], self.layer_maps
+        sides = (
+            (self.k_codes, self.k_scales, self.k_recent, maps.query.mT, maps.key_shift),
+            (self.v_codes, self.v_scales, self.v_recent, maps.output, maps.value_shift),
+        )
         for row, first in enumerate(self.start.tolist()):
             lost_from = reference.packed_tokens(max(0, length - first), self.sinks, self.window, ring)
-            lost_to = min(before - first - self.sinks - ring, length - first - self.sinks)
+            lost_to = min(written - first - self.sinks - ring, length - first - self.sinks)
             if lost_to <= lost_from:
                 continue
             tiles = slice(lost_from // TILE, -(-lost_to // TILE))
             slots = torch.arange(lost_from, lost_to, device=self.device) % ring
-            for codes, scales, recent, role, back, shift in (
-                (self.k_codes, self.k_scales, self.k_recent, "key", maps.query.mT, maps.key_shift),
-                (self.v_codes, self.v_scales, self.v_recent, "value", maps.output, maps.value_shift),
-            ):
+            for role, (codes, scales, recent, back, shift) in zip(ROLES, sides, strict=True):
                 y = reference.decode(codes[row, :, tiles], scales[row, :, tiles], self.head_dim, role)
                 x = y[:, : lost_to - lost_from] @ back + shift[:, None]
                 recent[row, :, slots] = x.to(recent.dtype)
@@ -326,7 +352,12 @@ class TurboQuantCache(Cache):
                 layers.append(STATIC_LAYER_TYPE_MAPPING[kind](max_cache_len=max_cache_len, **extra))
         super().__init__(layers=layers)
         self.quantization = quantization
-        self._holes: torch.Tensor | None = None
+        self._mask_faults: torch.Tensor | None = None  # bool [3], looked at when the next mask arrives
+
+    def reset(self) -> None:
+        """Empty every layer, keeping the buffers."""
+        super().reset()
+        self._mask_faults = None
 
     def packed_layers(self) -> list[TurboQuantLayer]:
         """The layers that hold packed K and V."""
@@ -341,29 +372,48 @@ class TurboQuantCache(Cache):
             query_length: new tokens per row.
 
         Raises:
-            ValueError: padding that is not on the left of a row the cache is asked to continue.
+            ValueError: a mask of the new tokens only; or, when the cache is continued (looking sooner would stall
+                the device), padding after a row's first token or that was not what it had been.
         """
-        if self._holes is not None and not torch.compiler.is_compiling():
-            if bool(self._holes):
+        padding_only = False
+        if self._mask_faults is not None and not torch.compiler.is_compiling():
+            holes, changed, padding_only = self._mask_faults.tolist()
+            if holes:
                 raise ValueError(
-                    "expected left padding, got a mask with padding after a row's first token; set tokenizer.padding_side='left'"
+                    "expected left padding, got a mask with padding after a row's first token; "
+                    "set tokenizer.padding_side='left'"
                 )
-            self._holes = None
+            if changed:
+                raise ValueError(
+                    "expected the same left padding in every call, got a mask that moves the first token of a row "
+                    "that had begun; pass one mask that grows with the text, or a new cache"
+                )
+            self._mask_faults = None
         layers = self.packed_layers()
         if isinstance(attention_mask, dict):
             attention_mask = attention_mask.get("full_attention")
-        if attention_mask is None or not layers or (query_length == 1 and not layers[0].is_empty):
+        if attention_mask is None or not layers:
             return
+        if query_length == 1 and not layers[0].is_empty and not padding_only:
+            return  # a decode step: nothing new to learn
+        seen = layers[0].get_seq_length()
         mask = attention_mask if attention_mask.dim() == 2 else attention_mask[:, 0, -1]
+        if isinstance(seen, int) and mask.shape[-1] < seen + query_length:
+            raise ValueError(
+                f"expected an attention_mask that covers all {seen + query_length} tokens, cached ones included, "
+                f"got {mask.shape[-1]}; pass the mask of the whole text"
+            )
         valid = mask > -1 if mask.is_floating_point() and attention_mask.dim() == 4 else mask != 0
         begun = valid.cumsum(-1) > 0
-        start = (~begun).sum(-1)
+        start = (~begun).sum(-1).clamp(max=seen + query_length)  # a row of padding so far: after these tokens
+        if not torch.compiler.is_compiling():
+            inside = torch.arange(valid.shape[-1], device=valid.device) < seen + query_length
+            holes = (begun & ~valid & inside).any()
+            old = layers[0].start.to(start.device) if layers[0].is_initialized else start
+            changed = ((start != old) & (old < seen)).any() if old.shape == start.shape else holes
+            self._mask_faults = torch.stack([holes, changed, (start == seen + query_length).any()])
         for layer in layers:
             layer.set_start(start)
-        if not torch.compiler.is_compiling():
-            seen = layers[0].get_seq_length() + query_length
-            inside = torch.arange(valid.shape[-1], device=valid.device) < seen
-            self._holes = (begun & ~valid & inside).any()
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the packed layers, counted from the tensors: {"packed", "exact"}."""

@@ -1,10 +1,11 @@
-"""Time decode attention over packed K and V against the bf16 kernels on this GPU.
+"""Time decode attention over packed K and V against the bf16 kernels on this GPU, and decode steps of a whole model.
 
     python scripts/benchmark.py attention [--output FILE] [--rows NAME ...]    measure, print and write JSON
+    python scripts/benchmark.py model NAME [--length N] [--output FILE]        eager decode step of a model, CPU or GPU
     python scripts/benchmark.py table [FILE]                                   the JSON as a Markdown table
     python scripts/benchmark.py plot [FILE] [--output FILE.svg]                speed-up against length
 
-One process, one GPU.  Every figure is the whole operation of one decode step (query preparation, packed tiles, exact
+One process.  Every attention figure is the whole operation of one decode step (query preparation, packed tiles, exact
 window, merge, un-rotation), replayed from a CUDA graph that rotates among input copies larger together than the L2
 cache.  The baselines read the same number of tokens in bf16 from contiguous memory.
 """
@@ -292,6 +293,29 @@ def attention(args: argparse.Namespace) -> None:
     print(f"wrote {args.output}")
 
 
+def model(args: argparse.Namespace) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tq_ao import quantize_kv_
+    from tq_ao.evaluation.speed import decode_speed
+    from tq_ao.models import resolve
+
+    source, device = resolve(args.name), "cuda" if torch.cuda.is_available() else "cpu"
+    network = AutoModelForCausalLM.from_pretrained(source.path_or_id, dtype=torch.bfloat16).to(device).eval()
+    rows = decode_speed(quantize_kv_(network), args.length, args.bits)
+    for row in rows:
+        print(
+            f"{row['cache']:8} {row['ms_median']:8.2f} ms a step, {row['ratio_median']:.2f}x the exact cache "
+            f"(p10 {row['ratio_p10']:.2f}, p90 {row['ratio_p90']:.2f})"
+        )
+    where = torch.cuda.get_device_name(0) if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    result = {"device": where, "versions": versions(), "commit": commit(), "model": source.name, "length": args.length}
+    output = args.output or RESULT.with_name(f"decode_{source.name}_{device}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+    print(f"wrote {output}")
+
+
 def table(args: argparse.Namespace) -> None:
     result = json.loads(args.file.read_text())
     print(f"{result['device']}, {', '.join(f'{k} {v}' for k, v in result['versions'].items())}\n")
@@ -344,6 +368,12 @@ def main() -> None:
     one.add_argument("--jobs", type=int, default=8, help="processes that compile ahead")
     one.add_argument("--commit", help="recorded in the JSON; default: git rev-parse HEAD")
     one.set_defaults(run=attention)
+    four = commands.add_parser("model", help="time decode steps of a whole model and write JSON")
+    four.add_argument("name", help="alias, embedded model, folder or Hub id")
+    four.add_argument("--length", type=int, default=1024, help="tokens in the cache")
+    four.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    four.add_argument("--output", type=Path)
+    four.set_defaults(run=model)
     two = commands.add_parser("table", help="print a Markdown table of a JSON file")
     two.add_argument("file", type=Path, nargs="?", default=RESULT)
     two.set_defaults(run=table)

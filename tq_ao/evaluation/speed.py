@@ -27,8 +27,8 @@ def decode_speed(
         steps: decode steps per measurement.
 
     Returns:
-        Rows {"cache", "ms_median", "ms_p10", "ms_p90", "ratio_median", "ratio_p10", "ratio_p90"}; ratios are taken round by
-        round against the exact cache.
+        Rows {"cache", "ms_median", "ms_p10", "ms_p90", "ratio_median", "ratio_p10", "ratio_p90"}; ratios are taken
+        round by round against the exact cache.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, model.config.get_text_config().vocab_size, (1, length), generator=generator).to(model.device)
@@ -65,5 +65,5 @@ def _timed(run: Callable[[], None], device: torch.device) -> float:
 
 
 def _spread(name: str, values: list[float]) -> dict[str, float]:
-    deciles = statistics.quantiles(values, n=10)
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
     return {f"{name}_median": statistics.median(values), f"{name}_p10": deciles[0], f"{name}_p90": deciles[-1]}

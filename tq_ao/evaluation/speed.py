@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def decode_speed(
     times: dict[str, list[float]] = {name: [] for name in caches}
     for turn in range(rounds + 1):
         for name in list(caches)[:: -1 if turn % 2 else 1]:
-            elapsed = _timed(lambda cache=caches[name]: _steps(model, ids[:, :1], cache, steps), model.device)
+            elapsed = _timed(partial(_steps, model, ids[:, :1], caches[name], steps), model.device)
             if turn:  # the first round warms up
                 times[name].append(1e3 * elapsed / steps)
     rows = []

@@ -63,9 +63,16 @@ def test_recipe_round_trip(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("model: x\nbitz: 3", "unknown keys"), ("bits: 3", "key 'model'"), ("[1]", "a mapping"), ("model: x\nbits: 0.5", "between 1 and 8"),
-     ("model: x\ncalibration: {length: 10}", "length >= 256"), ("model: x\nschedule: {0: [5, 3]}", "k_bits in"), ("a: [", "r.yaml")],
-)  # fmt: skip
+    [
+        ("model: x\nbitz: 3", "unknown keys"),
+        ("bits: 3", "key 'model'"),
+        ("[1]", "a mapping"),
+        ("model: x\nbits: 0.5", "between 1 and 8"),
+        ("model: x\ncalibration: {length: 10}", "length >= 256"),
+        ("model: x\nschedule: {0: [5, 3]}", "k_bits in"),
+        ("a: [", "r.yaml"),
+    ],
+)
 def test_bad_recipes_name_the_file(text, message, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ValueError, match=message) as error:

@@ -15,8 +15,8 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 def test_recipe(path):
     recipe = load(path)
     assert recipe.model in ALIASES or recipe.model in EMBEDDED
-    lines = path.read_text().splitlines()
-    assert any(f"python scripts/convert.py --recipe recipes/{path.name}" in line for line in lines if line.startswith("#"))
+    comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"python scripts/convert.py --recipe recipes/{path.name}" in line for line in comments)
 
 
 def test_the_starting_set_is_there():

@@ -19,7 +19,7 @@ _COMMON = {
 
 
 def config(kind: str, **changes: object) -> PreTrainedConfig:
-    """A small config: llama, qwen2 (with k_proj bias), gemma2 (soft-cap), gemma3 (mostly sliding), gpt_oss (sink logits)."""
+    """A small config: llama, qwen2 (k_proj bias), gemma2 (soft-cap), gemma3 (mostly sliding), gpt_oss (sink logits)."""
     fields = {**_COMMON, "num_hidden_layers": 3, **changes}
     if kind == "gemma3":
         return Gemma3TextConfig(

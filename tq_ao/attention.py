@@ -29,7 +29,7 @@ def turboquant_attention(
     Packed K and V carry their own lengths and left padding, so the mask is read only for ordinary tensors
     (prefill, sliding-window layers, no cache).
     """
-    if isinstance(key, TurboQuantTensor):
+    if isinstance(key, TurboQuantTensor) and isinstance(value, TurboQuantTensor):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = packed_attention(query, key, value, scale, softcap or 0.0, s_aux)
         return out.transpose(1, 2).contiguous(), None

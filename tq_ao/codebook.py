@@ -87,7 +87,7 @@ def gaussian_mse(levels: tuple[float, ...]) -> float:
 
 def _e4m3(x: float) -> tuple[float, int]:
     byte = torch.tensor(x).to(torch.float8_e4m3fn)
-    return byte.float().item(), byte.view(torch.uint8).item()
+    return float(byte.float()), int(byte.view(torch.uint8))
 
 
 @lru_cache

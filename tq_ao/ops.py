@@ -15,7 +15,10 @@ from tq_ao.reference import bits_of
 IMPLS = ("auto", "gluon", "triton", "reference")
 
 _lib = torch.library.Library("tq_ao", "DEF")
-_CACHE = "Tensor k_codes, Tensor k_scales, Tensor v_codes, Tensor v_scales, Tensor k_sinks, Tensor v_sinks, Tensor k_recent, Tensor v_recent"
+_CACHE = (
+    "Tensor k_codes, Tensor k_scales, Tensor v_codes, Tensor v_scales, "
+    "Tensor k_sinks, Tensor v_sinks, Tensor k_recent, Tensor v_recent"
+)
 _CACHE_MUT = ", ".join(f"Tensor({chr(97 + i)}!) {part.split()[1]}" for i, part in enumerate(_CACHE.split(", ")))
 _MAPS = "Tensor query_map, Tensor key_shift, Tensor output_map, Tensor value_shift"
 _SCORE = 'int window, float scale, *, float softcap=0.0, Tensor? sink_logits=None, str impl="auto"'
@@ -27,7 +30,8 @@ _lib.define(
 )
 _lib.define(f"decode_attention(Tensor q, {_CACHE}, Tensor length, Tensor start, {_MAPS}, {_SCORE}) -> Tensor")
 _lib.define(
-    f"extend_attention(Tensor q, Tensor k_new, Tensor v_new, {_CACHE}, Tensor length, Tensor start, {_MAPS}, {_SCORE}) -> Tensor"
+    f"extend_attention(Tensor q, Tensor k_new, Tensor v_new, {_CACHE}, Tensor length, Tensor start, {_MAPS}, {_SCORE}) "
+    "-> Tensor"
 )
 
 encode = torch.ops.tq_ao.encode

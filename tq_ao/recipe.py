@@ -22,7 +22,8 @@ class Text:
     def __post_init__(self) -> None:
         if self.windows < 1 or self.length < 256:
             raise ValueError(
-                f"expected windows >= 1 and length >= 256, got {self.windows} and {self.length}; shorter text never leaves the window"
+                f"expected windows >= 1 and length >= 256, got {self.windows} and {self.length}; "
+                "shorter text never leaves the window"
             )
 
 
@@ -34,7 +35,8 @@ class Recipe:
         model: alias, local folder or Hub id.
         schedule: "auto" (measured), "uniform", or layer index -> [k_bits, v_bits].
         bits: average code bits per value; for "uniform" a multiple of 0.5 (K gets the odd half: 2.5 is K 3, V 2).
-        maps: "auto" calibrates maps and picks a variant per layer, "plain" keeps random rotations; with "auto" schedules only.
+        maps: "auto" calibrates maps and picks a variant per layer, "plain" keeps random rotations; read by "auto"
+            schedules only.
         window, sinks, rotation, seed: see TurboQuantConfig.
         calibration: text the schedule is chosen on.  verification: text it is measured on, other articles.
 
@@ -77,7 +79,8 @@ class Recipe:
                 if k + v == 2 * self.bits and 0 <= k - v <= 1:
                     return LayerScheme(k, v)
         raise ValueError(
-            f"expected uniform bits 1, 1.5, 2, 2.5, 3, 3.5, 4 or 8, got {self.bits}; use schedule auto for other averages"
+            f"expected uniform bits 1, 1.5, 2, 2.5, 3, 3.5, 4 or 8, got {self.bits}; "
+            "use schedule auto for other averages"
         )
 
     def uniform_below(self) -> LayerScheme:
@@ -127,11 +130,10 @@ def from_mapping(data: Mapping[str, Any]) -> Recipe:
     known = {f.name for f in fields(Recipe)}
     if unknown := set(data) - known:
         raise ValueError(f"unknown keys {sorted(unknown)}; expected some of {sorted(known)}")
-    values = dict(data)
+    values, defaults = dict(data), Recipe(model="")
     for name in ("calibration", "verification"):
         if name in values:
-            default = Recipe.__dataclass_fields__[name].default_factory()  # type: ignore[misc]
-            values[name] = replace(default, **values[name])
+            values[name] = replace(getattr(defaults, name), **values[name])
     if isinstance(values.get("schedule"), Mapping):
         values["schedule"] = read_schedule(values["schedule"])
     return Recipe(**values)

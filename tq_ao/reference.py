@@ -12,7 +12,7 @@ C = 0 means there is no ring: all u are packed (P = n - S, the last tile may be 
 
 A packed vector is y = (x - shift) @ map, stored as codes c and one fp16 scale s with y ~ s * level[c].
 Codes are the nearest levels of y / sigma with sigma = |y| / sqrt(D) (at 8 bits: sigma = max|y|); then
-s = <y, level> / <level, level>, the least-squares scale (QUALITY: better than the raw norm of the paper).
+s = <y, level> / <level, level>, the least-squares scale, where the paper stores the norm.
 What can be asserted bitwise: pack/unpack; codes and scales given the same float32 y.  Rotations computed
 by different kernels differ in the last ulp, so a few codes in 10^4 land on the other side of a threshold.
 """
@@ -23,7 +23,7 @@ from functools import lru_cache
 
 import torch
 
-from tq_ao.codebook import Role, codebook
+from tq_ao.codebook import ROLES, Role, codebook
 from tq_ao.packing import TILE, from_fragments, pack, selector_bytes, tile_bytes, unpack_fragments
 
 
@@ -159,10 +159,11 @@ def append_(
             continue
         before, after = max(0, seen - first), seen + q - first
         old, new = (packed_tokens(n, sinks, window, capacity) for n in (before, after))
-        for codes, scales, sink, recent, x, map, shift, role in (
-            (k_codes, k_scales, k_sinks, k_recent, k, key_map, key_shift, "key"),
-            (v_codes, v_scales, v_sinks, v_recent, v, value_map, value_shift, "value"),
-        ):
+        sides = (
+            (k_codes, k_scales, k_sinks, k_recent, k, key_map, key_shift),
+            (v_codes, v_scales, v_sinks, v_recent, v, value_map, value_shift),
+        )
+        for role, (codes, scales, sink, recent, x, map, shift) in zip(ROLES, sides, strict=True):
             fresh = x[rows, :, skip:]  # tokens before .. after
             if new > old:
                 ring = torch.arange(old, min(new, max(0, before - sinks)), device=x.device) % capacity

@@ -75,7 +75,8 @@ def prove_packed(cache: TurboQuantCache, name: str = "cache") -> float:
     layers = cache.packed_layers()
     if not layers or not all(bool(t.any()) for layer in layers for t in (layer.k_codes, layer.v_codes)):
         raise RuntimeError(
-            f"{name}: expected packed codes in every scheduled layer, found none; the text is shorter than the window or nothing is packed"
+            f"{name}: expected packed codes in every scheduled layer, found a layer without; "
+            "use text longer than sinks + window + 32 tokens and a schedule that packs some layer"
         )
     held = sum(layer.nbytes()["packed"] for layer in layers)
     values = sum(2 * layer.k_scales.numel() * layer.head_dim for layer in layers)

@@ -12,12 +12,14 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
 
+import tq_ao._quiet  # noqa: F401 - before anything imports torchao
 from tq_ao import hub, recipe
 from tq_ao.convert import convert
 from tq_ao.errors import HubError, TurboQuantError
@@ -95,18 +97,23 @@ def show(report: dict) -> None:
         score = "" if row["sensitivity"] is None else f"{row['sensitivity']:.6f}"
         print(f"{row['layer']:>5}  {row['k_bits']:>6}  {row['v_bits']:>6}  {score}")
     size = report["bytes_per_token"]
-    print(f"\naverage {report['average_bits']:.3f} code bits, {report['stored_bits']:.3f} stored bits per value; packed tokens take "
-          f"{size['packed']:.0f} bytes against {size['bfloat16']:.0f} in bfloat16 ({size['bfloat16'] / size['packed']:.2f}x smaller)")  # fmt: skip
+    print(
+        f"\naverage {report['average_bits']:.3f} code bits, {report['stored_bits']:.3f} stored bits per value; "
+        f"packed tokens take {size['packed']:.0f} bytes against {size['bfloat16']:.0f} in bfloat16 "
+        f"({size['bfloat16'] / size['packed']:.2f}x smaller)"
+    )
     print(
         f"measured through the packed cache on {report['text']} (window {report['window']}, sinks {report['sinks']}):"
     )
     change = 100 * (report["ppl_after"] / report["ppl_before"] - 1)
     print(
-        f"  this schedule: KL {report['kl']:.5f} +- {report['kl_stderr']:.5f}, perplexity {report['ppl_before']:.3f} -> {report['ppl_after']:.3f} ({change:+.2f} %)"
+        f"  this schedule: KL {report['kl']:.5f} +- {report['kl_stderr']:.5f}, "
+        f"perplexity {report['ppl_before']:.3f} -> {report['ppl_after']:.3f} ({change:+.2f} %)"
     )
     if base := report.get("baseline_uniform"):
         print(
-            f"  uniform {base['bits']:g}, random rotations: KL {base['kl']:.5f} +- {base['kl_stderr']:.5f}, perplexity {base['ppl']:.3f}"
+            f"  uniform {base['bits']:g}, random rotations: KL {base['kl']:.5f} +- {base['kl_stderr']:.5f}, "
+            f"perplexity {base['ppl']:.3f}"
         )
     print(f"sample: ...{report['sample']['prompt'][-60:]!r} -> {report['sample']['text']!r}\n")
 
@@ -117,21 +124,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen = settings(args)
         output = args.output_dir or Path(f"{Path(chosen.model).name}-tq{chosen.bits:g}")
+        to_stdout = args.json is not None and str(args.json) == "-"
+        if args.json is not None and not to_stdout and not args.json.absolute().parent.is_dir():
+            raise ValueError(f"expected --json in an existing folder, got {args.json}; create {args.json.parent} first")
         report = convert(
-            chosen, output, token=args.token, device=args.device, dtype=getattr(torch, args.dtype) if args.dtype else None,
+            chosen, output, token=args.token, device=args.device,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
             command=command, progress=sys.stderr.isatty(), say=lambda message: print(message, file=sys.stderr),
         )  # fmt: skip
-        show(report)
+        with redirect_stdout(sys.stderr if to_stdout else sys.stdout):  # `--json -`: nothing but JSON in a pipe
+            show(report)
         if args.json is not None:
             text = json.dumps(report, indent=2) + "\n"
-            if str(args.json) == "-":
-                print(text)
+            if to_stdout:
+                print(text, end="")
             else:
                 args.json.write_text(text, encoding="utf-8")
         if args.push_to_hub is not None:
-            print(
-                "published:", hub.push(output, args.push_to_hub or output.name, private=args.private, token=args.token)
-            )
+            url = hub.push(output, args.push_to_hub or output.name, private=args.private, token=args.token)
+            print("published:", url, file=sys.stderr if to_stdout else sys.stdout)
     except HubError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
@@ -143,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def hide_token(argv: list[str]) -> list[str]:
     """The command line without the secret: it is published with the model."""
-    out = []
+    out: list[str] = []
     for word in argv:
         if word.startswith("--token="):
             word = "--token=..."

@@ -11,7 +11,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-import tq_ao  # noqa: F401 - registers the packed cache with transformers
+import tq_ao._quiet  # noqa: F401 - importing tq_ao registers the packed cache with transformers
 from tq_ao.cache import TurboQuantCache, head_dim
 
 
@@ -27,8 +27,9 @@ def main() -> int:
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(args.device).eval()
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        print(f"error: cannot load {args.model}, expected a converted folder or Hub id: {reason}", file=sys.stderr)
         return 1
     if not hasattr(model, "turboquant"):
         print(
@@ -61,22 +62,27 @@ def prove(model: torch.nn.Module, cache: object) -> None:
     vectors = sum(2 * layer.k_scales.numel() for layer in layers)
     held = sum(layer.nbytes()["packed"] for layer in layers)
     dim, sides = head_dim(config), 2 * config.num_key_value_heads * len(layers)
-    per_vector = (
-        held / vectors
-        if vectors
-        else sum((s.k_bits + s.v_bits) * dim / 16 + 2 for s in (x.scheme for x in layers)) / len(layers)
+    if not layers:
+        print(f"cache: {type(cache).__name__}, the schedule keeps every layer exact")
+        return
+    stated = sum((x.scheme.k_bits + x.scheme.v_bits) * dim / 16 + 2 for x in layers) / len(layers)
+    per_vector = held / vectors if vectors else stated
+    pairs = [layer.tensors() for layer in layers]
+    kinds = sorted({f"K {k.codes.dtype} V {v.codes.dtype}".replace("torch.", "") for k, v in pairs})
+    print(
+        f"cache: {type(cache).__name__}, {len(layers)} packed layers ({', '.join(kinds)} codes), "
+        f"{quantization.average_bits([x.index for x in layers]):.2f} bits per value"
     )
-    kinds = {
-        f"K {t[0].codes.dtype} V {t[1].codes.dtype}".replace("torch.", "")
-        for t in (layer.tensors() for layer in layers)
-    }
-    print(f"cache: {type(cache).__name__}, {len(layers)} packed layers ({', '.join(kinds)} codes), "
-          f"{quantization.average_bits([x.index for x in layers]):.2f} bits per value")  # fmt: skip
-    print(f"  {packed} of {length} tokens packed at {per_vector * sides:.0f} bytes per token, {2 * dim * sides} in bfloat16 "
-          f"({2 * dim / per_vector:.2f}x smaller); the newest {length - packed - min(length, quantization.sinks)} and the first {quantization.sinks} are exact")  # fmt: skip
+    first = min(length, quantization.sinks)
+    print(
+        f"  {packed} of {length} tokens packed at {per_vector * sides:.0f} bytes per token, {2 * dim * sides} in "
+        f"bfloat16 ({2 * dim / per_vector:.2f}x smaller); the newest {length - packed - first} and the first {first} "
+        "are exact"
+    )
     if not packed:
         print(
-            f"  nothing is packed yet: the text is shorter than sinks + window + one tile = {quantization.sinks + quantization.window + 32} tokens"
+            "  nothing is packed yet: the text is shorter than sinks + window + one tile = "
+            f"{quantization.sinks + quantization.window + 32} tokens"
         )
 
 

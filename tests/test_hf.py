@@ -113,6 +113,8 @@ print(out.tolist() == {want.tolist()}, sum("turboquant" in line for line in line
         (lambda q: q["kv_cache_scheme"].update(codec="polar"), "codec 'mse', got 'polar'"),
         (lambda q: q["kv_cache_scheme"].update(num_layers=4), "3 layers, got one for 4"),
         (lambda q: q["kv_cache_scheme"].update(head_dim=64), "head_dim 32, got one for 64"),
+        (lambda q: q["kv_cache_scheme"].update(scale_dtype="float32"), "scale_dtype 'float16', got 'float32'"),
+        (lambda q: q["kv_cache_scheme"].update(layers={"0": 3}), "expected kv_cache_scheme layers"),
         (lambda q: q.pop("kv_cache_scheme"), "lacks kv_cache_scheme"),
     ],
 )
@@ -125,6 +127,28 @@ def test_checkpoints_that_do_not_fit_are_refused(change, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_transforms_that_are_missing_broken_or_left_behind_are_refused(tmp_path, rng):
+    model = tiny.model()
+    hf.attach(model, TurboQuantConfig(**SMALL), {0: random_maps(rng)})
+    with pytest.raises(ValueError, match="push_to_hub"):
+        model.save_pretrained(tmp_path / "x", push_to_hub=True)
+    model.save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / TRANSFORMS_FILE).write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="convert the model again"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    (tmp_path / "a" / TRANSFORMS_FILE).unlink()
+    with pytest.raises(OSError, match="hf auth login"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+
+
+def test_a_checkpoint_in_a_subfolder_brings_its_maps(tmp_path, rng):
+    model = tiny.model()
+    hf.attach(model, TurboQuantConfig(**SMALL), {0: random_maps(rng)})
+    model.save_pretrained(tmp_path / "sub")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="sub")
+    assert list(again.turboquant.maps.calibrated) == [0]
 
 
 def test_maps_of_another_shape_are_refused(rng):

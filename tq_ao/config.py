@@ -134,34 +134,47 @@ class TurboQuantConfig:
         """Inverse of `to_scheme`.
 
         Raises:
-            ValueError: another format, a newer version or layout, an unknown codec, or a missing or unknown key.
+            ValueError: another format, a newer version or layout, an unknown codec or scale dtype, or a
+                missing, malformed or unknown key.
         """
         known = set(cls().to_scheme())
         if scheme.get("format") != FORMAT:
             raise ValueError(
-                f"expected kv_cache_scheme format {FORMAT!r}, got {scheme.get('format')!r}; this is not a tq_ao checkpoint"
+                f"expected kv_cache_scheme format {FORMAT!r}, got {scheme.get('format')!r}; "
+                "this is not a tq_ao checkpoint"
             )
         for key, newest in (("version", FORMAT_VERSION), ("layout_version", LAYOUT_VERSION)):
             version = scheme.get(key)
             if not isinstance(version, int) or not 1 <= version <= newest:
                 raise ValueError(
-                    f"expected kv_cache_scheme {key} 1..{newest}, got {version!r}; upgrade tq_ao to read this checkpoint"
+                    f"expected kv_cache_scheme {key} 1..{newest}, got {version!r}; "
+                    "upgrade tq_ao to read this checkpoint"
                 )
-        if scheme.get("codec") != "mse":
-            raise ValueError(
-                f"expected kv_cache_scheme codec 'mse', got {scheme.get('codec')!r}; upgrade tq_ao or convert the model again"
-            )
+        for key, only in (("codec", "mse"), ("scale_dtype", "float16")):
+            if scheme.get(key, only) != only:
+                raise ValueError(
+                    f"expected kv_cache_scheme {key} {only!r}, got {scheme[key]!r}; "
+                    "upgrade tq_ao or convert the model again"
+                )
         if missing := known - set(scheme) - {"num_bits"}:
             raise ValueError(f"kv_cache_scheme lacks {sorted(missing)}; convert the model again")
         if unknown := set(scheme) - known:
             raise ValueError(f"kv_cache_scheme has unknown keys {sorted(unknown)}; upgrade tq_ao or remove them")
+        try:
+            layers = {int(i): LayerScheme(s["k_bits"], s["v_bits"]) for i, s in scheme["layers"].items()}
+            kind, seed = scheme["rotation"]["kind"], scheme["rotation"]["seed"]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                "expected kv_cache_scheme layers {index: {k_bits, v_bits}} and rotation {kind, seed}, "
+                f"got {scheme['layers']!r} and {scheme['rotation']!r}; convert the model again"
+            ) from error
         return cls(
             bits=scheme["bits"],
-            layers={int(i): LayerScheme(s["k_bits"], s["v_bits"]) for i, s in scheme["layers"].items()},
+            layers=layers,
             window=scheme["window"],
             sinks=scheme["sink_tokens"],
-            rotation=scheme["rotation"]["kind"],
-            seed=scheme["rotation"]["seed"],
+            rotation=kind,
+            seed=seed,
             transforms=scheme["transforms"],
             num_layers=scheme["num_layers"],
             head_dim=scheme["head_dim"],

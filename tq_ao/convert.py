@@ -11,12 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from tq_ao import __version__, hf
 from tq_ao.cache import TurboQuantCache, head_dim, quantizable_layers
 from tq_ao.calibration import calibrate
-from tq_ao.config import TRANSFORMS_FILE, TurboQuantConfig
+from tq_ao.config import FORMAT, TRANSFORMS_FILE, LayerScheme, TurboQuantConfig
 from tq_ao.errors import ModelError, TextError
 from tq_ao.evaluation.decode_kl import evaluate_caches, prove_packed
 from tq_ao.model_card import model_card
@@ -118,15 +126,12 @@ def load(
     source = resolve(recipe.model, token)
     config = AutoConfig.from_pretrained(source.path_or_id, token=token)
     hf.check_supported(config)
-    existing = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if existing not in (None, "torchao", "turboquant"):
-        raise ModelError(
-            f"{source.name}: its weights are quantised with {existing}; convert the original model, or one quantised with torchao"
-        )
+    without_cache_schedule(config)
     layers = quantizable_layers(config)
     if not isinstance(recipe.schedule, str) and (stray := sorted(set(recipe.schedule) - set(layers))):
         raise ValueError(
-            f"the schedule names layers {stray}, which are not full-attention layers of {source.name}; those are {layers}"
+            f"the schedule names layers {stray}, which are not full-attention layers of {source.name}; "
+            f"those are {layers}"
         )
     tokenizer = AutoTokenizer.from_pretrained(source.path_or_id, token=token)
     text = articles(recipe.calibration.source)
@@ -138,7 +143,8 @@ def load(
     verification = windows(tokenizer, for_verification, recipe.verification.length, recipe.verification.windows)
     if recipe.verification.length <= recipe.window + recipe.sinks + 32:
         raise TextError(
-            f"verification windows of {recipe.verification.length} tokens never leave the exact window of {recipe.window}; make them longer"
+            f"verification windows of {recipe.verification.length} tokens never leave the exact window of "
+            f"{recipe.window}; make them longer"
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
@@ -147,36 +153,60 @@ def load(
     if not source.is_local:
         from huggingface_hub import snapshot_download
 
-        folder = Path(
-            snapshot_download(
-                source.path_or_id, token=token, ignore_patterns=["*.gguf", "*.bin", "*.pth", "original/*"]
-            )
-        )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        unused = ["*.gguf", "*.bin", "*.pth", "original/*"]
+        try:
+            folder = Path(snapshot_download(source.path_or_id, token=token, ignore_patterns=unused))
+        except Exception as error:  # of the Hub client, its HTTP library or the disk
+            reason = " ".join(str(error).split())
+            raise ModelError(
+                f"the download of {source.path_or_id} broke off ({type(error).__name__}: {reason}); run again to go on"
+            ) from error
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).to(device).eval()
     return Conversion(recipe, source, folder, model, tokenizer, calibration, verification)
+
+
+def without_cache_schedule(config: PreTrainedConfig) -> None:
+    """Make the config of a model converted before that of its weights alone, in place.
+
+    Raises:
+        ModelError: weights quantised by a method whose config.json has no room for a schedule.
+    """
+    weights = getattr(config, "quantization_config", None)
+    if weights is None:
+        return
+    method = weights.get("quant_method")
+    if method == FORMAT:
+        del config.quantization_config
+    elif method == "torchao":
+        weights.pop("kv_cache_scheme", None)
+    else:
+        raise ModelError(
+            f"the weights are quantised with {method!r}: expected a model with plain or torchao weights; convert the "
+            "unquantised model, or pack the cache of the loaded one with tq_ao.quantize_kv_"
+        )
 
 
 def choose(job: Conversion, *, journal: Path | None = None, progress: bool = False, say: Callable[[str], None]) -> None:
     """Fill in the schedule and the maps."""
     recipe, layers = job.recipe, quantizable_layers(job.model.config)
-    if recipe.schedule == "uniform":
+    if not isinstance(recipe.schedule, str):
+        base = recipe.uniform_below()
+        job.schedule = {i: recipe.schedule.get(i, (base.k_bits, base.v_bits)) for i in layers}
+    elif recipe.schedule == "uniform":
         scheme = recipe.uniform()
         job.schedule = dict.fromkeys(layers, (scheme.k_bits, scheme.v_bits))
-    elif recipe.schedule == "auto":
+    else:
         config = job.model.config.get_text_config(decoder=True)
         source, heads = MapSource(recipe.rotation, recipe.seed), config.num_key_value_heads
         plain = {i: source(i, heads, head_dim(config), torch.device("cpu")) for i in layers}
         result = calibrate(
             job.model, job.calibration, plain, bits=recipe.bits, window=recipe.window, sinks=recipe.sinks,
-            maps="auto" if recipe.maps == "auto" else "plain", seed=recipe.seed, journal=journal, progress=progress, report=say,
+            maps="auto" if recipe.maps == "auto" else "plain", seed=recipe.seed,
+            journal=journal, progress=progress, report=say,
         )  # fmt: skip
         job.schedule, job.maps = dict(result.schedule), result.maps
         job.report["sensitivity"] = {f"{i}.{side}.{bits}": value for (i, side, bits), value in result.table.items()}
         job.report["variants"] = {str(i): list(pair) for i, pair in result.variants.items()}
-    else:
-        assert not isinstance(recipe.schedule, str)
-        base = recipe.uniform_below()
-        job.schedule = {i: tuple(recipe.schedule.get(i, (base.k_bits, base.v_bits))) for i in layers}  # type: ignore[misc]
 
 
 def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None]) -> None:
@@ -213,15 +243,17 @@ def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None
         name=job.source.name, base_model=job.source.base_model, license=job.source.license, schedule=rows,
         average_bits=chosen.average_bits(layers), stored_bits=stored, head_dim=dim,
         kl=result.kl, kl_stderr=result.kl_stderr, ppl_before=result.ppl_exact, ppl_after=result.ppl, top1=result.top1,
-        text=f"{recipe.verification.source}, {recipe.verification.windows} x {recipe.verification.length} tokens of articles not used to choose",
-        window=recipe.window, sinks=recipe.sinks, fell_back=fell_back, calibrated_maps=job.maps is not None, sample=sample,
+        text=f"{recipe.verification.source}, {recipe.verification.windows} x {recipe.verification.length} tokens "
+        "of articles not used to choose",
+        window=recipe.window, sinks=recipe.sinks, fell_back=fell_back, calibrated_maps=job.maps is not None,
+        sample=sample,
         versions={"tq_ao": __version__, "torch": torch.__version__},
         bytes_per_token=_bytes_per_token(job, stored),
     )  # fmt: skip
     if "uniform" in measured:
         job.report["baseline_uniform"] = {
-            "bits": (base.k_bits + base.v_bits) / 2, "kl": measured["uniform"].kl, "kl_stderr": measured["uniform"].kl_stderr,
-            "ppl": measured["uniform"].ppl,
+            "bits": (base.k_bits + base.v_bits) / 2, "ppl": measured["uniform"].ppl,
+            "kl": measured["uniform"].kl, "kl_stderr": measured["uniform"].kl_stderr,
         }  # fmt: skip
 
 
@@ -236,14 +268,17 @@ def _sensitivity(table: Mapping[str, float], layer: int, k_bits: int, v_bits: in
 
 def _bytes_per_token(job: Conversion, stored_bits: float) -> dict[str, float]:
     config = job.model.config.get_text_config(decoder=True)
-    values = 2 * config.num_key_value_heads * head_dim(config) * len(job.schedule)
-    return {"bfloat16": 2.0 * values, "packed": stored_bits * values / 8}
+    values = 2 * config.num_key_value_heads * head_dim(config)  # of one layer
+    exact = sum(LayerScheme(*pair).exact for pair in job.schedule.values())
+    packed = stored_bits * (len(job.schedule) - exact) + 16.0 * exact
+    return {"bfloat16": 2.0 * values * len(job.schedule), "packed": packed * values / 8}
 
 
 @torch.no_grad()
 def _sample(job: Conversion, cache: TurboQuantCache) -> dict[str, str]:
     """Greedy text after a prompt long enough that most of it is read from packed tiles."""
-    ids = job.verification[:1, :SAMPLE_PROMPT].to(job.model.device)
+    prompt = max(SAMPLE_PROMPT, job.recipe.window + job.recipe.sinks + 64)
+    ids = job.verification[:1, :prompt].to(job.model.device)
     out = job.model.generate(
         ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=SAMPLE_TOKENS, do_sample=False
     )
@@ -255,13 +290,12 @@ def write(job: Conversion, output: Path) -> None:
     """Write the checkpoint beside `output`, then rename it into place."""
     part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
     try:
+        ours_to_write = ("README.md", "config.json", "recipe.yaml", SIDECAR, TRANSFORMS_FILE)
         for file in sorted(job.folder.iterdir()):
-            if (
-                file.is_file()
-                and file.name not in ("README.md", "config.json", SIDECAR, TRANSFORMS_FILE)
-                and not file.name.startswith(".")
-            ):
+            if file.is_file() and file.name not in ours_to_write and not file.name.startswith("."):
                 shutil.copyfile(file, part / file.name)
+        if (job.folder / CHAT_TEMPLATE_DIR).is_dir():  # other folders hold other things: training state, exports
+            shutil.copytree(job.folder / CHAT_TEMPLATE_DIR, part / CHAT_TEMPLATE_DIR)
         quantization: TurboQuantConfig = job.model.turboquant.quantization
         if job.maps is not None:
             hf.save_transforms(part / TRANSFORMS_FILE, job.maps)
@@ -271,10 +305,10 @@ def write(job: Conversion, output: Path) -> None:
         if existing.get("quant_method") == "torchao":
             ours = {**existing, "kv_cache_scheme": ours["kv_cache_scheme"]}
         config["quantization_config"] = ours
-        _dump(part / "config.json", config)
         _dump(part / SIDECAR, job.report)
         (part / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
         (part / "README.md").write_text(model_card(job.report), encoding="utf-8")
+        _dump(part / "config.json", config)  # last: until now nothing here loads, whatever interrupts
         part.chmod(0o755)
         if output.exists():
             output.rmdir()

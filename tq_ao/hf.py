@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -28,6 +29,19 @@ UNSUPPORTED_MODELS = frozenset(
 _STATIC_STEP = 128
 
 
+class _Slot:
+    """Holds one object and knows how often it is referred to, read the same way on every Python."""
+
+    def __init__(self, item: object) -> None:
+        self.item = item
+
+    def references(self) -> int:
+        return sys.getrefcount(self.item)
+
+
+_OURS_ALONE = _Slot(object()).references()
+
+
 class Attachment:
     """What `model.turboquant` holds: the resolved schedule and the maps, and how to make caches from them.
 
@@ -38,30 +52,33 @@ class Attachment:
 
     def __init__(self, model_config: PreTrainedConfig, quantization: TurboQuantConfig, maps: MapSource) -> None:
         self._model_config, self.quantization, self.maps = model_config, quantization, maps
-        self._last: TurboQuantCache | None = None
+        self._last = _Slot(None)
+        self._last_device: torch.device | None = None
 
     def make_cache(self, max_cache_len: int | None = None) -> TurboQuantCache:
         """A new cache: growing, or static for `max_cache_len` tokens."""
         return TurboQuantCache(self._model_config, self.quantization, self.maps, max_cache_len)
 
-    def static_cache(self, max_cache_len: int, batch_size: int) -> TurboQuantCache:
+    def static_cache(self, max_cache_len: int, batch_size: int, device: torch.device) -> TurboQuantCache:
         """A static cache for `generate`: the last one, emptied, if it fits and nobody else kept it.
 
-        The same buffers mean the same captured graphs.  "Nobody kept it" is its reference count: ours,
-        `last`, and the argument of getrefcount.
+        The same buffers mean the same captured graphs.  "Nobody kept it" is its reference count.
         """
         size = -(-max_cache_len // _STATIC_STEP) * _STATIC_STEP
-        last = self._last
+        alone = self._last.references() <= _OURS_ALONE  # before the next line refers to it too
+        last = self._last.item
         if (
-            last is not None
-            and sys.getrefcount(last) <= 3
+            alone
+            and isinstance(last, TurboQuantCache)
+            and self._last_device == device
             and last.get_max_length() >= size
             and last.batch_size in (-1, batch_size)
         ):
             last.reset()
             return last
-        self._last = self.make_cache(size)
-        return self._last
+        new = self.make_cache(size)
+        self._last, self._last_device = _Slot(new), device
+        return new
 
 
 def check_supported(config: PreTrainedConfig) -> None:
@@ -69,14 +86,16 @@ def check_supported(config: PreTrainedConfig) -> None:
     text = config.get_text_config(decoder=True)
     if text.model_type in UNSUPPORTED_MODELS or getattr(text, "kv_lora_rank", None):
         raise ValueError(
-            f"{text.model_type}: its attention changes K or V after the cache (latent attention), so they cannot stay packed; "
+            f"{text.model_type}: its attention changes K or V after the cache (latent attention), so they cannot stay "
+            "packed; "
             "use a model with ordinary multi-head, grouped-query or multi-query attention"
         )
     if config.is_encoder_decoder:
         raise ValueError(f"{text.model_type}: expected a decoder-only model, got an encoder-decoder")
     if head_dim(text) % 32:
         raise ValueError(
-            f"{text.model_type}: expected a head_dim that is a multiple of 32, got {head_dim(text)}; layout v1 has no other shapes"
+            f"{text.model_type}: expected a head_dim that is a multiple of 32, got {head_dim(text)}; "
+            "layout v1 has no other shapes"
         )
     if not quantizable_layers(config):
         raise ValueError(
@@ -133,7 +152,8 @@ def quantize_kv_(model: PreTrainedModel, config: TurboQuantConfig | None = None)
 
     Args:
         model: a decoder-only transformers model.
-        config: the schedule; None takes what torchao's `quantize_` recorded on its attention modules, else uniform 3 bits.
+        config: the schedule; None takes what torchao's `quantize_` recorded on its attention modules, else uniform
+            3 bits.
 
     Raises:
         ValueError: see `attach`; also a config that names a transforms file, which only a checkpoint has.
@@ -146,20 +166,50 @@ def quantize_kv_(model: PreTrainedModel, config: TurboQuantConfig | None = None)
         config = TurboQuantConfig()
     if config.transforms is not None:
         raise ValueError(
-            f"expected transforms=None without a checkpoint, got {config.transforms!r}; load the converted model with from_pretrained"
+            f"expected transforms=None without a checkpoint, got {config.transforms!r}; "
+            "load the converted model with from_pretrained"
         )
     return attach(model, config)
 
 
-def attach_checkpoint(model: PreTrainedModel, scheme: Mapping[str, Any]) -> PreTrainedModel:
-    """`attach` for a model just loaded from a converted checkpoint; finds its transforms file, local or on the Hub."""
+def attach_checkpoint(model: PreTrainedModel, scheme: Mapping[str, Any], folder: Path | None = None) -> PreTrainedModel:
+    """`attach` for a model just loaded from a converted checkpoint; finds its transforms file, local or on the Hub.
+
+    Args:
+        model: the model.
+        scheme: JSON form of its TurboQuantConfig.
+        folder: where its weights were found; None: not known.
+
+    Raises:
+        ValueError: see `TurboQuantConfig.from_scheme`, `load_transforms` and `attach`.
+        OSError: no transforms file.
+    """
     quantization = TurboQuantConfig.from_scheme(scheme)
     calibrated = None
     if quantization.transforms is not None:
-        source = model.config._name_or_path
-        path = cached_file(source, quantization.transforms, revision=getattr(model.config, "_commit_hash", None))
-        calibrated = load_transforms(path)
+        calibrated = load_transforms(_find_transforms(model.config, quantization.transforms, folder))
     return attach(model, quantization, calibrated)
+
+
+def _find_transforms(config: PreTrainedConfig, name: str, folder: Path | None) -> str | Path:
+    """Path of a checkpoint's transforms file, fetched from the Hub if need be into the cache the weights are in."""
+    where: dict[str, Any] = {"revision": getattr(config, "_commit_hash", None)}
+    if folder is not None:
+        if (folder / name).is_file():
+            return folder / name
+        parts = folder.parts
+        if "snapshots" in parts:  # <cache_dir>/models--org--name/snapshots/<commit>/<subfolder>
+            at = len(parts) - 1 - parts[::-1].index("snapshots")
+            where.update(cache_dir=Path(*parts[: at - 1]), subfolder="/".join(parts[at + 2 :]))
+    try:
+        return cached_file(config._name_or_path, name, **where)
+    except OSError as error:
+        raise OSError(
+            f"{config._name_or_path}: cannot get {name}, which its KV-cache schedule needs; it is fetched with the "
+            "stored login, not with a token passed to from_pretrained: for a private model run `hf auth login` or set "
+            "HF_TOKEN "
+            f"({' '.join(str(error).split())})"
+        ) from error
 
 
 def save_transforms(path: str | Path, calibrated: Mapping[int, LayerMaps]) -> None:
@@ -176,21 +226,26 @@ def load_transforms(path: str | Path) -> dict[int, LayerMaps]:
     """Inverse of `save_transforms`.
 
     Raises:
-        ValueError: a layer with a map missing or unknown.
+        ValueError: a file that is not safetensors, or a layer with a map missing, unknown or of another shape.
     """
     by_layer: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(str(path)).items():
-        _, index, name = key.split(".")
-        by_layer.setdefault(int(index), {})[name] = tensor
     try:
+        for key, tensor in load_file(str(path)).items():
+            _, index, name = key.split(".")
+            by_layer.setdefault(int(index), {})[name] = tensor
         return {i: LayerMaps(**named) for i, named in sorted(by_layer.items())}
-    except TypeError as error:
+    except (TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: not a transforms file of this version ({error}); convert the model again") from error
 
 
 def _save_pretrained(self: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
     attached = self.turboquant
     if attached.maps.calibrated:
+        if kwargs.get("push_to_hub"):
+            raise ValueError(
+                "save_pretrained(push_to_hub=True) would upload the model without its transforms file; "
+                "use model.push_to_hub(repo_id)"
+            )
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         save_transforms(Path(save_directory) / attached.quantization.transforms, attached.maps.calibrated)
     return type(self).save_pretrained(self, save_directory, *args, **kwargs)
@@ -211,12 +266,12 @@ def _prepare_cache_for_generation(
         or not generation_config.use_cache
         or asked not in (None, "dynamic", "static")
     ):
-        return type(self)._prepare_cache_for_generation(
+        type(self)._prepare_cache_for_generation(
             self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-    if asked == "static" or (asked is None and self.device.type == "cuda"):
+    elif asked == "static" or (asked is None and self.device.type == "cuda"):
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        model_kwargs["past_key_values"] = self.turboquant.static_cache(max_cache_length, rows)
+        model_kwargs["past_key_values"] = self.turboquant.static_cache(max_cache_length, rows, self.device)
     else:
         model_kwargs["past_key_values"] = self.turboquant.make_cache()
 
@@ -233,7 +288,8 @@ def _before_decoder(model: PreTrainedModel) -> Any:
         if isinstance(cache, TurboQuantCache):
             tokens = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
             tokens = args[0] if tokens is None else tokens
-            cache.observe_mask(kwargs.get("attention_mask"), tokens.shape[1])
+            mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+            cache.observe_mask(mask, tokens.shape[1])
         return args, kwargs
 
     return hook

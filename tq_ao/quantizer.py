@@ -4,6 +4,7 @@ Loaded while transformers itself may still be importing (see `_import_hook`), so
 quantizer bases; everything else is imported when a model is loaded.
 """
 
+from pathlib import Path
 from typing import Any
 
 from transformers.quantizers.auto import (
@@ -52,11 +53,15 @@ class TurboQuantHfQuantizer(HfQuantizer):
     """Attaches the packed cache after the weights are loaded; touches no weight."""
 
     requires_calibration = False
+    _folder: Path | None = None
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        self._folder = _folder_of(checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from tq_ao import hf
 
-        return hf.attach_checkpoint(model, self.quantization_config.kv_cache_scheme)
+        return hf.attach_checkpoint(model, self.quantization_config.kv_cache_scheme, self._folder)
 
     def is_serializable(self) -> bool:
         return True
@@ -83,6 +88,12 @@ class TorchAoWithKVConfig(TorchAoConfig):
 class TorchAoWithKVHfQuantizer(TorchAoHfQuantizer):
     """torchao's quantizer; attaches the packed cache when the checkpoint carries a `kv_cache_scheme`."""
 
+    _folder: Path | None = None
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
+        self._folder = _folder_of(checkpoint_files)
+        return super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs) or model
         scheme = getattr(self.quantization_config, "kv_cache_scheme", None)
@@ -90,7 +101,12 @@ class TorchAoWithKVHfQuantizer(TorchAoHfQuantizer):
             return model
         from tq_ao import hf
 
-        return hf.attach_checkpoint(model, scheme)
+        return hf.attach_checkpoint(model, scheme, self._folder)
+
+
+def _folder_of(checkpoint_files: Any) -> Path | None:
+    """The folder weights are loaded from, where the transforms file belongs too."""
+    return Path(checkpoint_files[0]).parent if checkpoint_files else None
 
 
 if FORMAT not in AUTO_QUANTIZER_MAPPING:

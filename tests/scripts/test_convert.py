@@ -26,18 +26,7 @@ spec = importlib.util.spec_from_file_location("convert_script", ROOT / "scripts"
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 
-FAST = [
-    "--max-seq-length",
-    "256",
-    "--calibration-windows",
-    "3",
-    "--verification-windows",
-    "2",
-    "--window",
-    "32",
-    "--bits",
-    "3",
-]
+FAST = "--max-seq-length 256 --calibration-windows 3 --verification-windows 2 --window 32 --bits 3".split()
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +54,8 @@ def text(tmp_path):
 
 def run(base, text, tmp_path, *flags):
     out = tmp_path / "out"
-    code = script.main(
-        [
-            str(base),
-            "--calibration",
-            str(text),
-            "--output-dir",
-            str(out),
-            "--json",
-            str(tmp_path / "r.json"),
-            *FAST,
-            *flags,
-        ]
-    )
-    return code, out
+    where = ["--calibration", str(text), "--output-dir", str(out), "--json", str(tmp_path / "r.json")]
+    return script.main([str(base), *where, *FAST, *flags]), out
 
 
 @pytest.mark.parametrize("schedule", ["auto", "uniform", "file"])
@@ -119,9 +96,40 @@ def test_a_recipe_gives_the_same_checkpoint_as_the_flags(base, text, tmp_path):
     assert a == b
 
 
+def test_a_converted_model_can_be_converted_again(base, text, tmp_path):
+    code, out = run(base, text, tmp_path, "--schedule", "uniform", "--bits", "1")
+    assert code == 0
+    first = json.loads((tmp_path / "r.json").read_text())
+    (out / TRANSFORMS_FILE).write_bytes(b"of the first conversion")
+    (out / "additional_chat_templates").mkdir()
+    (out / "additional_chat_templates" / "tool.jinja").write_text("x")
+    code, _ = run(out, text, tmp_path, "--schedule", "uniform", "--output-dir", str(tmp_path / "again"))
+    again = tmp_path / "again"
+    assert code == 0 and not (again / TRANSFORMS_FILE).exists()
+    second = json.loads((tmp_path / "r.json").read_text())
+    assert second["ppl_before"] == pytest.approx(first["ppl_before"]) and second["average_bits"] == 3.0
+    scheme = json.loads((again / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    assert scheme["num_bits"] == 3.0 and (again / "additional_chat_templates" / "tool.jinja").exists()
+
+
+def test_a_window_longer_than_the_sample_and_json_on_standard_output(base, text, tmp_path, capsys):
+    flags = ["--schedule", "uniform", "--window", "300", "--max-seq-length", "512", "--json", "-"]
+    code, _ = run(base, text, tmp_path, *flags)
+    assert code == 0 and json.loads(capsys.readouterr().out)["window"] == 300
+
+
+def test_weights_of_another_method_are_refused(base, text, tmp_path, capsys):
+    other = tmp_path / "gptq"
+    other.mkdir()
+    config = json.loads((base / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    assert run(other, text, tmp_path)[0] == 1
+    assert "quantised with 'gptq'" in capsys.readouterr().err
+
+
 def test_a_losing_schedule_falls_back_to_uniform_and_says_so(base, text, tmp_path, capsys, monkeypatch):
     def worst(model, windows, layers, **kwargs):
-        return CalibrationResult({i: (1, 1) for i in layers}, None, {}, {}, 1.0)
+        return CalibrationResult(dict.fromkeys(layers, (1, 1)), None, {}, {}, 1.0)
 
     monkeypatch.setattr(tq_ao.convert, "calibrate", worst)
     code, out = run(base, text, tmp_path, "--schedule", "auto")
@@ -139,6 +147,7 @@ def test_a_losing_schedule_falls_back_to_uniform_and_says_so(base, text, tmp_pat
         (["--output-dir", "/proc/nope/out"], "/proc"),
         (["--calibration", "EMPTY"], "empty"),
         (["--calibration", "missing.txt"], "missing.txt"),
+        (["--json", "nowhere/r.json"], "existing folder"),
         (["--window", "300"], "never leave the exact window"),
     ],
 )
@@ -176,16 +185,8 @@ def test_an_existing_output_is_not_overwritten(base, text, tmp_path, capsys):
 
 def test_an_interrupted_run_leaves_nothing_that_loads(base, text, tmp_path):
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "convert.py"),
-        str(base),
-        "--calibration",
-        str(text),
-        "--output-dir",
-        str(out),
-        *FAST,
-    ]
+    command = [sys.executable, str(ROOT / "scripts" / "convert.py"), str(base), "--calibration", str(text)]
+    command += ["--output-dir", str(out), *FAST]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     for line in process.stderr:
         if line.startswith("loading"):

@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation.configuration_utils import CompileConfig
 
 from tq_ao import TurboQuantCache, TurboQuantConfig, TurboQuantTensor, quantize_kv_
-from tq_ao.cache import TurboQuantLayer
+from tq_ao.cache_layer import TurboQuantLayer
 from tq_ao.config import LayerScheme
 
 WINDOW, SINKS = 32, 3

@@ -22,7 +22,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"kernels"}, TORCH | {"triton"}),
     ({"ops"}, TORCH),
     ({"tensor", "tensor_ops"}, TORCH | {"torchao"}),
-    ({"cache", "attention"}, TORCH | {"transformers"}),
+    ({"cache", "cache_layer", "attention"}, TORCH | {"transformers"}),
     (
         {"quantizer", "hf", "quantize", "embedded", "models", "text", "hub", "model_card", "calibration", "evaluation"},
         TRANSFORMERS | {"torchao", "gguf", "matplotlib"},

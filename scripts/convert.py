@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import yaml
 
-import tq_ao._quiet  # noqa: F401 - before anything imports torchao
+import tq_ao.quiet  # noqa: F401 - before anything imports torchao
 from tq_ao import hub, recipe
 from tq_ao.convert import convert
 from tq_ao.errors import HubError, TurboQuantError

@@ -11,7 +11,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-import tq_ao._quiet  # noqa: F401 - importing tq_ao registers the packed cache with transformers
+import tq_ao.quiet  # noqa: F401 - importing tq_ao registers the packed cache with transformers
 from tq_ao.cache import TurboQuantCache, head_dim
 
 

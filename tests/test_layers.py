@@ -17,7 +17,7 @@ TRANSFORMERS = TORCH | {"transformers", "huggingface_hub", "safetensors", "yaml"
 # Modules of each layer, and what they may import beside the standard library.
 LAYERS: list[tuple[set[str], set[str]]] = [
     ({"", "_import_hook", "errors"}, set()),
-    ({"codebook", "packing", "rotation", "config", "_quiet"}, TORCH),
+    ({"codebook", "packing", "rotation", "config", "quiet"}, TORCH),
     ({"reference"}, TORCH),
     ({"kernels"}, TORCH | {"triton"}),
     ({"ops"}, TORCH),

@@ -9,9 +9,10 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.generation.configuration_utils import CompileConfig
 
-from tq_ao import TurboQuantCache, TurboQuantConfig, TurboQuantTensor, quantize_kv_
+from tq_ao import LayerMaps, TurboQuantCache, TurboQuantConfig, TurboQuantTensor, quantize_kv_
 from tq_ao.cache_layer import TurboQuantLayer
 from tq_ao.config import LayerScheme
+from tq_ao.rotation import MapSource
 
 WINDOW, SINKS = 32, 3
 EIGHT = TurboQuantConfig(bits=8, window=WINDOW, sinks=SINKS)
@@ -486,3 +487,21 @@ def test_nothing_warns_in_ordinary_use(rng):
         warnings.simplefilter("error")
         quantize_kv_(model, THREE)
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+
+
+def test_a_gain_in_the_read_out_is_not_applied_twice_after_a_deep_crop(rng):
+    """Tokens restored from their codes and packed again keep their codes and their scales."""
+    plain = MapSource("hadamard", 0)(0, 2, 32, torch.device("cpu"))
+    gained = LayerMaps(**{**plain.tensors(), "query": 1.3 * plain.query, "output": 1.5 * plain.output})
+    layer = TurboQuantLayer(0, LayerScheme(2, 1), MapSource("hadamard", 0, {0: gained}), WINDOW, SINKS)
+    k, v = (torch.randn(1, 2, 300, 32, generator=rng) for _ in range(2))
+    layer.update(k, v)
+    before = [t.clone() for t in layer.buffers()[:4]]
+    layer.crop(-120)
+    layer.update(k[:, :, 180:], v[:, :, 180:])
+    for old, new in zip(before, layer.buffers()[:4], strict=True):
+        tiles = (180 - SINKS) // 32
+        if new.dtype == torch.uint8:
+            assert (old[:, :, :tiles] != new[:, :, :tiles]).float().mean() < 0.02
+        else:
+            torch.testing.assert_close(new[:, :, :tiles], old[:, :, :tiles], rtol=2e-3, atol=1e-4)

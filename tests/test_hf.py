@@ -222,3 +222,8 @@ def test_torchao_weights_and_a_packed_cache_in_one_checkpoint(tmp_path, rng):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "both", dtype=torch.float32)
     assert again.turboquant.quantization == model.turboquant.quantization
     assert torch.equal(tokens(again, ids), want)
+
+
+def test_a_schedule_with_transforms_needs_its_maps():
+    with pytest.raises(ValueError, match="no maps came with it"):
+        hf.attach(tiny.model(), TurboQuantConfig(transforms=TRANSFORMS_FILE))

@@ -249,11 +249,15 @@ class TurboQuantLayer(CacheLayerMixin):
             raise ValueError(f"expected to remove at most {length} tokens, got {removed}; reset() empties a cache")
 
     def _restore_ring(self, length: int, written: int) -> None:
-        """Put what a cache of `length` tokens keeps in its ring back there, from the tiles where need be."""
+        """Put what a cache of `length` tokens keeps in its ring back there, from the tiles where need be.
+
+        Codes go back through the inverse of the map they came by, not through the read-out map: calibrated read-outs
+        carry a gain, and a token that is packed again must not get it twice.
+        """
         ring, maps = self.k_recent.shape[2], self.layer_maps
         sides = (
-            (self.k_codes, self.k_scales, self.k_recent, maps.query.mT, maps.key_shift),
-            (self.v_codes, self.v_scales, self.v_recent, maps.output, maps.value_shift),
+            (self.k_codes, self.k_scales, self.k_recent, torch.linalg.inv(maps.key), maps.key_shift),
+            (self.v_codes, self.v_scales, self.v_recent, torch.linalg.inv(maps.value), maps.value_shift),
         )
         for row, first in enumerate(self.start.tolist()):
             lost_from = reference.packed_tokens(max(0, length - first), self.sinks, self.window, ring)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from tq_ao import attention
 from tq_ao.cache import TurboQuantCache, check_shape, head_dim, quantizable_layers
@@ -27,6 +27,7 @@ UNSUPPORTED_MODELS = frozenset(
     "moonshine moonshine_streaming t5gemma".split()
 )
 _STATIC_STEP = 128
+logger = logging.get_logger(__name__)
 
 
 class _Slot:
@@ -129,6 +130,11 @@ def attach(
             f"the schedule names layers {stray}, which are not full-attention layers of this model; those are {layers}"
         )
     resolved = quantization.resolve(layers, config.num_hidden_layers, dim)
+    if resolved.transforms and not calibrated:
+        raise ValueError(
+            f"the schedule names transforms {resolved.transforms!r}, but no maps came with it; "
+            "pass them as `calibrated`"
+        )
     if calibrated:
         resolved = replace(resolved, transforms=resolved.transforms or TRANSFORMS_FILE)
     attached = hasattr(model, "turboquant")
@@ -138,8 +144,14 @@ def attach(
     existing = getattr(model.config, "quantization_config", None)
     if existing is None or isinstance(existing, TurboQuantQuantizationConfig):
         model.config.quantization_config = TurboQuantQuantizationConfig(resolved.to_scheme())
-    else:
+    elif existing.quant_method == "torchao":
         existing.kv_cache_scheme = resolved.to_scheme()
+    else:
+        logger.warning(
+            "%s weights have no place for a KV-cache schedule in their config: this model packs its cache now, "
+            "but a copy saved with save_pretrained will not",
+            existing.quant_method,
+        )
     if not attached:
         model._prepare_cache_for_generation = types.MethodType(_prepare_cache_for_generation, model)
         model.save_pretrained = types.MethodType(_save_pretrained, model)

@@ -6,7 +6,8 @@ All maps act on row vectors, one D x D matrix per KV head (queries use the map o
     v' = (v - value_shift) @ value      o  = o' @ output + value_shift               value @ output = I
 
 An oblivious rotation (TurboQuant, arXiv 2504.19874) is the case key = query = value = output.T = R with
-zero shifts; calibrated maps are other matrices in the same four places.
+zero shifts; calibrated maps are other matrices in the same four places.  Calibrated read-outs (query, output) may
+carry a gain a little above 1 over the inverse, which makes up for the shrinkage of least-squares levels.
 """
 
 from collections.abc import Mapping

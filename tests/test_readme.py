@@ -35,3 +35,15 @@ def test_quality_table():
         row = next(r for r in result["rows"] if r["method"] == name and r["code_bits"] == float(bits))
         assert kl == f"{row['kl']:.5f} ± {row['kl_stderr']:.5f}"
         assert (stored, perplexity) == (f"{row['stored_bits']:.3g}", f"{100 * (row['ppl_ratio'] - 1):+.2f} %")
+
+
+def test_converted_table():
+    lines = section("converted")[2:]
+    assert len(lines) == 2
+    for line in lines:
+        model, chosen, uniform, perplexity = (cell.strip() for cell in line.strip("|").split("|"))
+        report = json.loads((ROOT / "benchmarks" / "results" / f"convert_{model.lower()}.json").read_text())
+        base = report["baseline_uniform"]
+        assert chosen == f"{report['kl']:.5f} ± {report['kl_stderr']:.5f}"
+        assert uniform == f"{base['kl']:.5f} ± {base['kl_stderr']:.5f}"
+        assert perplexity == f"{report['ppl_before']:.3f}, {report['ppl_after']:.3f}"

@@ -50,5 +50,5 @@ def test_a_cache_with_nothing_packed_is_no_measurement(smollm2):
     cache = model.turboquant.make_cache()
     with torch.no_grad():
         model(torch.arange(100)[None], past_key_values=cache)
-    with pytest.raises(RuntimeError, match="found none"):
+    with pytest.raises(RuntimeError, match="a layer without"):
         prove_packed(cache)

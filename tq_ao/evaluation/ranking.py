@@ -16,7 +16,7 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
 def _ranks(x: torch.Tensor) -> torch.Tensor:
     less = (x[None, :] < x[:, None]).sum(1)
     same = (x[None, :] == x[:, None]).sum(1)
-    return less + (same - 1) / 2
+    return less.double() + (same.double() - 1) / 2
 
 
 def correlations(table: Table, truth: Table) -> dict[str, float]:

@@ -29,7 +29,7 @@ def test_resolve_spells_every_layer_out():
     [
         ({"format": "other"}, "format 'turboquant'"),
         ({"version": 2}, "version 1..1, got 2; upgrade"),
-        ({"layout_version": 9}, "layout_version 1..1, got 9; upgrade"),
+        ({"layout_version": 9}, "layout_version 1..2, got 9; upgrade"),
         ({"codec": "qjl"}, "codec 'mse', got 'qjl'"),
         ({"extra": 1}, r"unknown keys \['extra'\]"),
         ({"layers": {"0": {"k_bits": 5, "v_bits": 3}}}, "k_bits in"),

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
 
 from tq_ao import ops, reference
-from tq_ao.codebook import BITS, ROLES, Role, codebook, gaussian_mse
+from tq_ao.codebook import BITS, ROLES, Role, codebook, even_levels, gaussian_mse
 from tq_ao.packing import TILE
 from tq_ao.rotation import LayerMaps, rotation_maps
 from tq_ao.tensor import TurboQuantTensor
@@ -87,7 +87,7 @@ def test_dequantize_is_the_codec(rng: torch.Generator, role: Role, bits: int) ->
     t = TurboQuantTensor.from_hp(x, bits, role, rotation="dense", seed=3)
     torch.testing.assert_close(t.dequantize().double(), dense64(t), rtol=0, atol=2e-5)
     error = ((t.dequantize() - x).square().mean() / x.square().mean()).item()
-    theory = gaussian_mse(codebook(bits, role).levels) if bits < 8 else 1e-3
+    theory = gaussian_mse(even_levels(bits, codebook(bits).step)) if bits < 8 else 1e-3
     assert error < 1.05 * theory, f"{bits} bits: {error:.5f} of the energy lost, expected {theory:.5f}"
     assert t.dequantize(torch.bfloat16).dtype == torch.bfloat16
 
@@ -318,7 +318,7 @@ def test_torch_load_refuses_another_layout(rng: torch.Generator) -> None:
     file = io.BytesIO()
     torch.save(t, file)
     file.seek(0)
-    with pytest.raises(ValueError, match="expected codes in layout version 1, got 2"):
+    with pytest.raises(ValueError, match="expected codes in layout version 2, got 3"):
         torch.load(file, weights_only=True)
 
 
@@ -335,8 +335,8 @@ def test_safetensors(layer: PackedLayer, rng: torch.Generator, tmp_path: os.Path
     assert loaded.keys() == state.keys()
     for name, t in state.items():
         assert_same(loaded[name], t)
-    newer = {**metadata, "layer.k": metadata["layer.k"].replace('"layout_version": 1', '"layout_version": 2')}
-    with pytest.raises(ValueError, match="expected codes in layout version 1, got 2"):
+    newer = {**metadata, "layer.k": metadata["layer.k"].replace('"layout_version": 2', '"layout_version": 3')}
+    with pytest.raises(ValueError, match="expected codes in layout version 2, got 3"):
         unflatten_tensor_state_dict(tensors, newer)
 
 

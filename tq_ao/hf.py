@@ -96,7 +96,7 @@ def check_supported(config: PreTrainedConfig) -> None:
     if head_dim(text) % 32:
         raise ValueError(
             f"{text.model_type}: expected a head_dim that is a multiple of 32, got {head_dim(text)}; "
-            "layout v1 has no other shapes"
+            "layout v2 has no other shapes"
         )
     if not quantizable_layers(config):
         raise ValueError(

@@ -52,7 +52,7 @@ def _named(impl: str, device: torch.device, *supported: str) -> str:
 
 
 def _books(k_codes: torch.Tensor, v_codes: torch.Tensor, head_dim: int) -> tuple[Codebook, Codebook]:
-    return codebook(bits_of(k_codes, head_dim), "key"), codebook(bits_of(v_codes, head_dim), "value")
+    return codebook(bits_of(k_codes, head_dim)), codebook(bits_of(v_codes, head_dim))
 
 
 def _encode_cpu(x, map, shift, bits, role, *, impl="auto"):
@@ -65,7 +65,7 @@ def _encode_cuda(x, map, shift, bits, role, *, impl="auto"):
         return reference.encode(x, map, shift, bits, role)
     from tq_ao.kernels import encode as kernel
 
-    return kernel.encode(x, map, shift, codebook(bits, role))
+    return kernel.encode(x, map, shift, codebook(bits))
 
 
 def _encode_fake(x, map, shift, bits, role, *, impl="auto"):

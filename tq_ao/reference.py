@@ -11,20 +11,18 @@ row's cache is byte for byte that of its unpadded run.  With S sinks, window W a
 C = 0 means there is no ring: all u are packed (P = n - S, the last tile may be partial).
 
 A packed vector is y = (x - shift) @ map, stored as codes c and one fp16 scale s with y ~ s * level[c].
-Codes are the nearest levels of y / sigma with sigma = |y| / sqrt(D) (at 8 bits: sigma = max|y|); then
-s = <y, level> / <level, level>, the least-squares scale, where the paper stores the norm.
+Codes are the nearest levels of y / (sigma * step) with sigma = |y| / sqrt(D) and the codebook's step (at 8 bits:
+sigma = max|y|); then s = <y, level> / <level, level>, the least-squares scale, where the paper stores the norm.
 What can be asserted bitwise: pack/unpack; codes and scales given the same float32 y.  Rotations computed
 by different kernels differ in the last ulp, so a few codes in 10^4 land on the other side of a threshold.
 """
 
-import math
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 
 from tq_ao.codebook import ROLES, Role, codebook
-from tq_ao.packing import TILE, from_fragments, pack, selector_bytes, tile_bytes, unpack_fragments
+from tq_ao.packing import TILE, pack, tile_bytes, unpack
 
 
 def bits_of(codes: torch.Tensor, head_dim: int) -> int:
@@ -35,36 +33,35 @@ def bits_of(codes: torch.Tensor, head_dim: int) -> int:
     return bits
 
 
-def quantize(y: torch.Tensor, bits: int, role: Role) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scalar-quantise mapped vectors.
 
     Args:
         y: float32 [..., D].
         bits: code width.
-        role: "key" or "value".
 
     Returns:
         codes uint8 [..., D] and scales float16 [...].  Zero vectors get scale 0; NaN or inf in, NaN scale out.
     """
-    levels = codebook(bits, role).tensor(y.device)
+    book = codebook(bits)
     if bits == 8:
         sigma = y.abs().amax(-1, keepdim=True)
-        codes = (y * (127 / sigma.clamp_min(1e-30))).round().clamp(-127, 127).to(torch.int16) & 0xFF
+        rounded = (y * (127 / sigma.clamp_min(1e-30))).round().clamp(-127, 127)
+        codes, c = rounded.to(torch.int16) & 0xFF, rounded / 127
     else:
         sigma = y.square().mean(-1, keepdim=True).sqrt()
-        edges, code_of = _thresholds(bits, role)
-        codes = code_of.to(y.device)[torch.bucketize(y / sigma.clamp_min(1e-30), edges.to(y.device))]
-    codes = codes.to(torch.uint8)
-    c = levels[codes.long()]
+        half = 1 << (bits - 1)
+        cell = (y * (1 / (sigma * book.step).clamp_min(1e-30))).floor().clamp(-half, half - 1)
+        codes, c = cell + half, cell + 0.5
     scale = (y * c).sum(-1) / c.square().sum(-1).clamp_min(1e-30)
     scale = torch.where(torch.isfinite(scale), scale.clamp(max=65504.0), torch.nan)
-    return codes, scale.half()
+    return codes.nan_to_num(0.0).to(torch.uint8), scale.half()
 
 
-def _thresholds(bits: int, role: Role) -> tuple[torch.Tensor, torch.Tensor]:
-    """Midpoints between ascending levels, and the code of each cell."""
-    ordered, code_of = codebook(bits, role).tensor().sort()
-    return (ordered[1:] + ordered[:-1]) / 2, code_of
+def rounded(y: torch.Tensor, bits: int) -> torch.Tensor:
+    """What a reader gets back of mapped vectors y: float32, y's shape."""
+    codes, scales = quantize(y, bits)
+    return codebook(bits).tensor(y.device)[codes.long()] * scales.float().unsqueeze(-1)
 
 
 def encode(
@@ -80,47 +77,24 @@ def encode(
         codes uint8 [B, H, T, tile_bytes] and scales float16 [B, H, T, 32], T = ceil(N / 32).
     """
     y = (x.float() - shift[:, None]) @ map
-    codes, scales = quantize(torch.nn.functional.pad(y, (0, 0, 0, -x.shape[2] % TILE)), bits, role)
+    codes, scales = quantize(torch.nn.functional.pad(y, (0, 0, 0, -x.shape[2] % TILE)), bits)
     return pack(codes, bits, role), scales.unflatten(2, (-1, TILE))
 
 
-@lru_cache
-def _level_pairs(bits: int, role: Role) -> torch.Tensor:
-    """float64 [256] whose bits are two float32: the levels of a selector byte's low and high nibble."""
-    levels = torch.zeros(16)
-    levels[: 1 << bits] = codebook(bits, role).tensor()
-    low, high = levels.repeat(16), levels.repeat_interleave(16)
-    return torch.stack([low, high], -1).contiguous().view(torch.float64).flatten()
-
-
-def levels_of(codes: torch.Tensor, head_dim: int, role: Role) -> torch.Tensor:
-    """Unscaled levels of packed tiles: uint8 [..., T, bytes] -> float32 [..., T*32, D] (values: a transposed view).
-
-    On CPU this is most of a decode step, so two codes cost one look-up, and what is put in order is selector
-    bytes: a key's byte holds two neighbouring dims of a token, a value's two neighbouring tokens of a dim.
-    """
+def levels_of(codes: torch.Tensor, head_dim: int, role: Role, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Unscaled levels of packed tiles: uint8 [..., T, bytes] -> dtype [..., T*32, D]."""
     bits = bits_of(codes, head_dim)
+    x = unpack(codes, bits, head_dim, role)
     if bits == 8:
-        levels = codebook(8, role).tensor(codes.device)[unpack_fragments(codes, 8, head_dim).int()]
-        return from_fragments(levels, role).flatten(-3, -2)
-    *lead, tiles, _ = codes.shape
-    x = selector_bytes(codes, bits, head_dim)
-    if role == "key":  # T (g t) (i j pair) -> T (i g) (j t pair)
-        x = x.view(math.prod(lead), tiles, 8, 4, 4, head_dim // 16, 2).permute(0, 1, 4, 2, 5, 3, 6)
-    else:  # T (g t) (m j0 b1) -> (m g) T (j0 b1 t)
-        x = x.view(math.prod(lead), tiles, 8, 4, head_dim // 8, 2, 2).permute(0, 4, 2, 1, 5, 6, 3)
-    pairs = _level_pairs(bits, role).to(codes.device)
-    levels = pairs.index_select(0, x.reshape(-1).int()).view(torch.float32)
-    if role == "key":
-        return levels.view(*lead, tiles * TILE, head_dim)
-    return levels.view(*lead, head_dim, tiles * TILE).mT
+        return x.view(torch.int8).to(dtype).div_(127)
+    return x.to(dtype).sub_((2**bits - 1) / 2)
 
 
 def decode(
     codes: torch.Tensor, scales: torch.Tensor, head_dim: int, role: Role, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Mapped-space vectors of packed tiles: [..., T, bytes], [..., T, 32] -> dtype [..., T*32, D]."""
-    return levels_of(codes, head_dim, role).to(dtype) * scales.to(dtype).flatten(-2).unsqueeze(-1)
+    return levels_of(codes, head_dim, role, dtype) * scales.to(dtype).flatten(-2).unsqueeze(-1)
 
 
 def packed_tokens(n: int, sinks: int, window: int, capacity: int) -> int:
@@ -213,7 +187,7 @@ def attention(
         tiles = -(-packed // TILE)
         x = q[rows].to(dtype).unflatten(1, (heads, -1)).flatten(2, 3)  # [b, H, G * q_len, D]
         if packed:  # scales multiply scores and weights, one number per token, not the D values of its vector
-            k = levels_of(k_codes[rows, :, :tiles], dim, "key")[:, :, :packed].to(dtype)
+            k = levels_of(k_codes[rows, :, :tiles], dim, "key", dtype)[:, :, :packed]
             k_scale = k_scales[rows, :, :tiles].flatten(2)[:, :, None, :packed].to(dtype)
             scores = [((x @ query_map.to(dtype)) @ k.mT) * k_scale + x @ key_shift.to(dtype)[:, :, None]]
         else:
@@ -243,7 +217,7 @@ def attention(
         p = p.flatten(2, 3)  # [b, H, G * q_len, keys]
         o = p[..., packed:] @ torch.cat([t.to(dtype) for t in exact_v], 2)
         if packed:
-            v = levels_of(v_codes[rows, :, :tiles], dim, "value")[:, :, :packed].to(dtype)
+            v = levels_of(v_codes[rows, :, :tiles], dim, "value", dtype)[:, :, :packed]
             weight = p[..., :packed] * v_scales[rows, :, :tiles].flatten(2)[:, :, None, :packed].to(dtype)
             mass = p[..., :packed].sum(-1, keepdim=True)
             o = o + (weight @ v) @ output_map.to(dtype) + mass * value_shift.to(dtype)[:, None]

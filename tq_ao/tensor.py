@@ -26,7 +26,7 @@ class TurboQuantTensor(TorchAOBaseTensor):
     dimension; such a tensor is [H, S, D] and every B below is absent until `unsqueeze(0)`.
 
     Tensor data:
-        codes: uint8 [B, H, T, tile_bytes], layout v1 of `packing`.
+        codes: uint8 [B, H, T, tile_bytes], layout v2 of `packing`.
         scales: float16 [B, H, T, 32], one per token.
         encode_map: float32 [H, D, D], `LayerMaps.key` or `.value`: applied before quantising.
         decode_map: float32 [H, D, D], `LayerMaps.query` (keys) or `.output` (values).

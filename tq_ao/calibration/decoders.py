@@ -16,9 +16,8 @@ import torch
 from tq_ao.calibration.capture import Trace, trace
 from tq_ao.calibration.sensitivity import bar, device_of
 from tq_ao.calibration.statistics import attention_rows, packed_pairs, pair_weights
-from tq_ao.codebook import Role, codebook
 from tq_ao.evaluation.simulate import LayerPlan, row_blocks
-from tq_ao.reference import quantize
+from tq_ao.reference import rounded
 from tq_ao.rotation import LayerMaps
 
 RIDGE = 1e-3
@@ -71,18 +70,15 @@ def _solve(gram: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, ridge: 
     return torch.linalg.solve(gram + weight, cross + weight @ prior.double()).float().contiguous()
 
 
-def _levels(
-    x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, bits: int, role: Role
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _levels(x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(x - shift) and its dequantised levels in mapped space."""
     shifted = x.float() - shift[:, None]
-    codes, scales = quantize(shifted @ map, bits, role)
-    return shifted, codebook(bits, role).tensor(x.device)[codes.long()] * scales.float().unsqueeze(-1)
+    return shifted, rounded(shifted @ map, bits)
 
 
 def _value_normal(t: Trace, plan: LayerPlan, window: int, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
     call = t.call
-    exact, levels = _levels(call.v, plan.maps.value, plan.maps.value_shift, plan.v_bits, "value")
+    exact, levels = _levels(call.v, plan.maps.value, plan.maps.value_shift, plan.v_bits)
     tokens, zero = call.q.shape[2], torch.zeros_like(plan.maps.value, dtype=torch.float64)
     gram, cross = zero, zero
     position = torch.arange(tokens, device=call.q.device)
@@ -101,5 +97,5 @@ def _value_normal(t: Trace, plan: LayerPlan, window: int, sinks: int) -> tuple[t
 
 def _key_normal(t: Trace, plan: LayerPlan, window: int, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
     weight = pair_weights(Trace(t.call, t.out), window, sinks).k_attention.unsqueeze(-1)
-    exact, levels = _levels(t.call.k, plan.maps.key, plan.maps.key_shift, plan.k_bits, "key")
+    exact, levels = _levels(t.call.k, plan.maps.key, plan.maps.key_shift, plan.k_bits)
     return (levels.mT @ (weight * levels)).double().sum(0), (levels.mT @ (weight * exact)).double().sum(0)

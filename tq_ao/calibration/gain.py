@@ -10,7 +10,7 @@ nothing more; they belong to a bit width, so they are applied when the bits are 
 from dataclasses import replace
 from functools import lru_cache
 
-from tq_ao.codebook import Role, codebook, gaussian_mse
+from tq_ao.codebook import Role, codebook, even_levels, gaussian_mse
 from tq_ao.config import EXACT
 from tq_ao.rotation import LayerMaps
 
@@ -26,7 +26,7 @@ def gain(bits: int, role: Role, share: float | None = None) -> float:
     """
     if bits in (8, EXACT):
         return 1.0
-    mse = gaussian_mse(codebook(bits, role).levels)
+    mse = gaussian_mse(even_levels(bits, codebook(bits).step))
     return 1 + (SHARE[role] if share is None else share) * (1 / (1 - mse) - 1)
 
 

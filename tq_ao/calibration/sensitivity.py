@@ -94,8 +94,8 @@ def _score(t: Trace, by_width: Mapping[int, LayerMaps], metric: str, window: int
     if metric == "activation":
         k, v = t.call.k, t.call.v
         for b, maps in by_width.items():
-            k_hat = requantize(k, maps.key, maps.query.mT, maps.key_shift, b, "key")
-            v_hat = requantize(v, maps.value, maps.output, maps.value_shift, b, "value")
+            k_hat = requantize(k, maps.key, maps.query.mT, maps.key_shift, b)
+            v_hat = requantize(v, maps.value, maps.output, maps.value_shift, b)
             yield f"key/{b}", (k_hat - k)[:, :, sinks:].square().mean().item()
             yield f"value/{b}", (v_hat - v)[:, :, sinks:].square().mean().item()
         return
@@ -130,7 +130,7 @@ def _weight(model: torch.nn.Module, maps: Mapping[int, LayerMaps], bits: Sequenc
         for side, weight, forward, back in sides:
             vectors = weight.detach().float().unflatten(0, (heads, dim)).mT[None]  # [1, H, hidden, D]
             for b in bits:
-                error = requantize(vectors, forward, back, zero, b, side) - vectors
+                error = requantize(vectors, forward, back, zero, b) - vectors
                 table[layer, side, b] = error.square().mean().item()
     if missing := set(maps) - {i for i, _, _ in table}:
         raise ValueError(

@@ -12,8 +12,7 @@ from functools import partial
 import torch
 
 from tq_ao.calibration.capture import AttentionCall, Handler, exact
-from tq_ao.codebook import Role, codebook
-from tq_ao.reference import quantize
+from tq_ao.reference import rounded
 from tq_ao.rotation import LayerMaps
 
 EXACT_BITS = 16
@@ -31,7 +30,7 @@ class LayerPlan:
 
 
 def requantize(
-    x: torch.Tensor, map: torch.Tensor, inverse: torch.Tensor, shift: torch.Tensor, bits: int, role: Role
+    x: torch.Tensor, map: torch.Tensor, inverse: torch.Tensor, shift: torch.Tensor, bits: int
 ) -> torch.Tensor:
     """What a reader sees of x after packing: quantise in mapped space and come back.
 
@@ -44,16 +43,14 @@ def requantize(
     if bits == EXACT_BITS:
         return x
     y = (x.float() - shift[:, None]) @ map
-    codes, scales = quantize(y, bits, role)
-    y = codebook(bits, role).tensor(x.device)[codes.long()] * scales.float().unsqueeze(-1)
-    return (y @ inverse + shift[:, None]).to(x.dtype)
+    return (rounded(y, bits) @ inverse + shift[:, None]).to(x.dtype)
 
 
 def requantize_layer(k: torch.Tensor, v: torch.Tensor, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """`requantize` of a layer's keys and values."""
     m = plan.maps
-    k_hat = requantize(k, m.key, m.query.mT, m.key_shift, plan.k_bits, "key")
-    return k_hat, requantize(v, m.value, m.output, m.value_shift, plan.v_bits, "value")
+    k_hat = requantize(k, m.key, m.query.mT, m.key_shift, plan.k_bits)
+    return k_hat, requantize(v, m.value, m.output, m.value_shift, plan.v_bits)
 
 
 def row_blocks(tokens: int, device: torch.device, block: int | None = None) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,7 @@ from tq_ao.evaluation.ablation import GAIN_SHARES, ablation
 from tq_ao.evaluation.pareto import Options, pareto
 from tq_ao.evaluation.rank_metrics import rank_metrics
 from tq_ao.evaluation.setup import Setup, plain_maps
+from tq_ao.evaluation.transformers_cache import KINDS
 
 
 @pytest.fixture
@@ -26,10 +27,14 @@ def test_pareto_rows(setup):
     for method in ("uniform, plain", "uniform, calibrated", "schedule, plain", "schedule, calibrated, repaired"):
         assert method in methods
     assert {"model", "text", "versions", "commit", "device", "rows"} <= set(found)
+    published = [row["code_bits"] for row in found["rows"] if row["method"] == "TurboQuant (Lloyd-Max levels)"]
+    assert published == [2, 3, 4]
+    for method in KINDS:
+        assert (method in methods) != bool(found["left_out"].get(method))
     for row in found["rows"]:
         assert row["kl"] > 0
         assert row["stored_bits"] > row["code_bits"]
-        assert (row["window"], row["sinks"]) == (16, 2)
+        assert (row["window"], row["sinks"]) == (16, 0 if row["method"] in KINDS else 2)
         if "schedule" in row:
             pairs = row["schedule"].values()
             assert row["code_bits"] == pytest.approx(sum(k + v for k, v in pairs) / 8, abs=1e-4)

@@ -2,7 +2,7 @@
 
 import json
 
-from tq_ao.evaluation.report import fill
+from tq_ao.evaluation.report import fill, table
 
 RESULT = {
     "model": "m", "text": "t", "versions": {"torch": "2"}, "commit": "abcdef0123456", "device": "CPU",
@@ -21,3 +21,8 @@ def test_slots_are_filled_and_filling_again_changes_nothing(tmp_path):
     assert "| uniform | 3 | 3.25 | 0.01000 ± 0.00100 | +0.50 % | 95.0 % |" in filled
     assert "Not measured yet: `python scripts/evaluate.py ablation --model x`" in filled
     assert fill(filled, tmp_path) == filled
+
+
+def test_methods_left_out_are_named_with_their_reason():
+    assert "Not measured: hqq (needs a package)." in table(RESULT | {"left_out": {"hqq": "needs a package"}})
+    assert "Not measured" not in table(RESULT | {"left_out": {}})

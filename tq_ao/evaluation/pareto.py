@@ -1,4 +1,4 @@
-"""Stored bits against quality: our schedules, their baselines, and KIVI-style rounding on the same text."""
+"""Stored bits against quality: our schedules, their baselines, and other ways to store a cache, on the same text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tq_ao.calibration.gain import compensated
 from tq_ao.calibration.repair import repair
 from tq_ao.calibration.sensitivity import Metric, Table, sensitivity
 from tq_ao.calibration.variants import Choice, choose_variants
-from tq_ao.evaluation import kivi
+from tq_ao.evaluation.baselines import baselines
 from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.metrics import Metrics
 from tq_ao.evaluation.setup import Setup, provenance
@@ -70,16 +70,19 @@ def pareto(
 
     Returns:
         {model, text, versions, commit, device, rows: [{method, code_bits, stored_bits, window, sinks, kl, kl_stderr,
-        ppl_ratio, ppl_ratio_stderr, top1, schedule}], variants}.
+        ppl_ratio, ppl_ratio_stderr, top1, schedule}], variants, left_out: {baseline: why}}.
     """
     origin = provenance()
     evaluate = Evaluator(setup.model, setup.evaluation, window=options.window, sinks=options.sinks)
     rows: list[dict[str, Any]] = []
 
-    def add(method: str, code: float, stored: float, m: Metrics, schedule: Schedule | None = None) -> None:
+    def add(
+        method: str, code: float, stored: float, m: Metrics, schedule: Schedule | None = None,
+        sinks: int = options.sinks,
+    ) -> None:  # fmt: skip
         row = {
             "method": method, "code_bits": round(code, 4), "stored_bits": round(stored, 4), "window": options.window,
-            "sinks": options.sinks, "kl": m.kl, "kl_stderr": m.kl_stderr, "ppl_ratio": m.ppl_ratio,
+            "sinks": sinks, "kl": m.kl, "kl_stderr": m.kl_stderr, "ppl_ratio": m.ppl_ratio,
             "ppl_ratio_stderr": m.ppl_ratio_stderr, "top1": m.top1,
         }  # fmt: skip
         if schedule is not None:
@@ -100,8 +103,12 @@ def pareto(
 
     for bits in (2, 3, 4):
         ours("uniform, plain", uniform(setup.shape, bits), setup.plain)
-        measured = evaluate.measure(kivi.kivi(set(setup.plain), bits, window=options.window, sinks=options.sinks))
-        add("KIVI-style, groups of 32", bits, kivi.stored_bits(bits), measured)
+    others, left_out = baselines(setup, options.window, options.sinks)
+    for other in others:
+        measured = evaluate.measure(other.attention)
+        add(other.method, other.bits, other.stored_bits, measured, sinks=other.sinks)
+    for method, reason in left_out.items():
+        report(f"{method:34s} left out: {reason}")
     calibrated = calibrate_once(setup, options, progress)
     if len(setup.plain) >= 4:
         weights = sensitivity(setup.model, setup.calibration[:1], setup.plain, "weight", bits=(3,))
@@ -129,4 +136,5 @@ def pareto(
     return {
         "model": setup.name, "text": setup.text, **origin, "metric": options.metric, "rows": rows,
         "variants": {str(c.layer): [c.key_variant, c.value_variant] for c in calibrated.choices},
+        "left_out": left_out,
     }  # fmt: skip

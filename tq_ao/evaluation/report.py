@@ -20,7 +20,8 @@ def table(result: dict[str, Any]) -> str:
             [r["method"], f"{r['code_bits']:g}", f"{r['stored_bits']:.3g}", *_quality(r), f"{100 * r['top1']:.1f} %"]
             for r in rows
         ]
-        return head + _markdown(["method", "code bits", "stored bits", "KL", "perplexity", "top-1"], body)
+        reasons = "".join(f"\nNot measured: {method} ({why}).\n" for method, why in result.get("left_out", {}).items())
+        return head + _markdown(["method", "code bits", "stored bits", "KL", "perplexity", "top-1"], body) + reasons
     if "experiment" in rows[0]:
         body = [[r["experiment"], r["name"], f"{r['bits']:g}", *_quality(r)] for r in rows]
         return head + _markdown(["experiment", "what", "bits", "KL", "perplexity"], body)

@@ -3,7 +3,7 @@
 
 python scripts/convert.py gemma-2b --schedule auto
 python scripts/convert.py smollm2-135m --schedule uniform --bits 4 --output-dir out
-python scripts/convert.py --recipe recipes/gemma-2b.yaml --push-to-hub me/gemma-2b-tq3
+python scripts/convert.py --recipe recipes/gemma-2b.yaml --target memory-first --push-to-hub me/gemma-2b-tq
 """
 
 import argparse
@@ -29,10 +29,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", nargs="?", help="alias (gemma-2b, smollm2-135m, ...), local folder or Hub id")
     p.add_argument("--recipe", type=Path, help="YAML file with these settings; flags override it")
+    p.add_argument("--target", help="which target of the recipe, such as 2bit or memory-first; default: what it says")
     p.add_argument(
         "--schedule", help="auto (measured), uniform, or a JSON/YAML file {layer: [k_bits, v_bits]}; default auto"
     )
-    p.add_argument("--bits", type=float, help="average code bits per value; default 3")
+    p.add_argument("--bits", type=float, help="average code bits per value (with --max-kl the most); default 3")
+    p.add_argument("--max-kl", type=float, help="take the fewest bits whose measured KL (nats) stays under this")
     p.add_argument(
         "--maps", choices=("auto", "plain"), help="calibrated maps, or TurboQuant's random rotations; default auto"
     )
@@ -43,7 +45,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--verification-windows", type=int, help="windows of held-out text to measure on; default 3")
     p.add_argument("--max-seq-length", type=int, help="tokens per window; default 2048")
     p.add_argument("--seed", type=int, help="of rotations, text split and sampling; default 0")
-    p.add_argument("--output-dir", type=Path, help="folder to create; default <model>-tq<bits>")
+    p.add_argument("--output-dir", type=Path, help="folder to create; default <model>-tq<bits>, or -tq-<target>")
     p.add_argument(
         "--push-to-hub", nargs="?", const="", metavar="ID", help="publish too; default ID is the output folder's name"
     )
@@ -65,8 +67,10 @@ def settings(args: argparse.Namespace) -> recipe.Recipe:
         raise ValueError(
             "expected a model or --recipe; for example: python scripts/convert.py smollm2-135m --schedule auto"
         )
-    base = recipe.load(args.recipe) if args.recipe else recipe.Recipe(model=args.model)
-    names = ("model", "bits", "maps", "window", "sinks", "seed")
+    if args.target is not None and args.recipe is None:
+        raise ValueError("expected --recipe with --target; targets are settings in a recipe, see recipes/README.md")
+    base = recipe.load(args.recipe, args.target) if args.recipe else recipe.Recipe(model=args.model)
+    names = ("model", "bits", "max_kl", "maps", "window", "sinks", "seed")
     changes = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.schedule is not None:
         changes["schedule"] = args.schedule if args.schedule in ("auto", "uniform") else schedule_file(args.schedule)
@@ -74,6 +78,12 @@ def settings(args: argparse.Namespace) -> recipe.Recipe:
         text = {"source": args.calibration, "windows": count, "length": args.max_seq_length}
         changes[name] = replace(getattr(base, name), **{k: v for k, v in text.items() if v is not None})
     return replace(base, **changes)
+
+
+def default_output(chosen: recipe.Recipe, target: str | None) -> Path:
+    """<model>-tq3, or <model>-tq-memory-first for a target asked for by name."""
+    label = f"{chosen.bits:g}" if chosen.max_kl is None else f"-kl{chosen.max_kl:g}"
+    return Path(f"{Path(chosen.model).name}-tq{label if target is None else f'-{target}'}")
 
 
 def schedule_file(path: str) -> dict[int, tuple[int, int]]:
@@ -123,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = "python scripts/convert.py " + shlex.join(hide_token(list(sys.argv[1:] if argv is None else argv)))
     try:
         chosen = settings(args)
-        output = args.output_dir or Path(f"{Path(chosen.model).name}-tq{chosen.bits:g}")
+        output = args.output_dir or default_output(chosen, args.target)
         to_stdout = args.json is not None and str(args.json) == "-"
         if args.json is not None and not to_stdout and not args.json.absolute().parent.is_dir():
             raise ValueError(f"expected --json in an existing folder, got {args.json}; create {args.json.parent} first")

@@ -87,7 +87,8 @@ def convert(
         The report (also `tq_ao_config.json` in the output).
 
     Raises:
-        TurboQuantError, ValueError, OSError: one-line messages; nothing is left behind.
+        TurboQuantError, ValueError, OSError: one-line messages; nothing is left behind but the measurements of a
+            calibration that was cut off or missed `max_kl`, which the next run takes up.
     """
     output = Path(output)
     check_output(output)
@@ -200,7 +201,8 @@ def choose(job: Conversion, *, journal: Path | None = None, progress: bool = Fal
         source, heads = MapSource(recipe.rotation, recipe.seed), config.num_key_value_heads
         plain = {i: source(i, heads, head_dim(config), torch.device("cpu")) for i in layers}
         result = calibrate(
-            job.model, job.calibration, plain, bits=recipe.bits, window=recipe.window, sinks=recipe.sinks,
+            job.model, job.calibration, plain, bits=recipe.bits, max_kl=recipe.max_kl,
+            window=recipe.window, sinks=recipe.sinks,
             maps="auto" if recipe.maps == "auto" else "plain", seed=recipe.seed,
             journal=journal, progress=progress, report=say,
         )  # fmt: skip
@@ -213,7 +215,7 @@ def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None
     """Measure schedule and uniform baseline through the real cache on held-out text; drop a schedule that loses."""
     recipe, config, layers = job.recipe, job.model.config, quantizable_layers(job.model.config)
     chosen = recipe.config(job.schedule)
-    base = recipe.uniform_below()
+    base = recipe.uniform_below(recipe.bits if recipe.max_kl is None else chosen.average_bits(layers))
     uniform = recipe.config(dict.fromkeys(layers, (base.k_bits, base.v_bits)))
     hf.attach(job.model, chosen, job.maps)
     plain, maps = MapSource(recipe.rotation, recipe.seed), job.model.turboquant.maps
@@ -231,6 +233,8 @@ def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None
         hf.attach(job.model, chosen, None)
         measured["chosen"] = measured["uniform"]
     result = measured["chosen"]
+    if recipe.max_kl is not None and result.kl > recipe.max_kl:
+        say(f"on held-out text KL {result.kl:.5f} exceeds the {recipe.max_kl:g} asked for; for a margin ask for less")
     dim, cache = head_dim(config.get_text_config(decoder=True)), job.model.turboquant.make_cache()
     sample = _sample(job, cache)
     table = job.report.get("sensitivity", {})
@@ -245,8 +249,8 @@ def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None
         kl=result.kl, kl_stderr=result.kl_stderr, ppl_before=result.ppl_exact, ppl_after=result.ppl, top1=result.top1,
         text=f"{recipe.verification.source}, {recipe.verification.windows} x {recipe.verification.length} tokens "
         "of articles not used to choose",
-        window=recipe.window, sinks=recipe.sinks, fell_back=fell_back, calibrated_maps=job.maps is not None,
-        sample=sample,
+        window=recipe.window, sinks=recipe.sinks, max_kl=recipe.max_kl, fell_back=fell_back,
+        calibrated_maps=job.maps is not None, sample=sample,
         versions={"tq_ao": __version__, "torch": torch.__version__},
         bytes_per_token=_bytes_per_token(job, stored),
     )  # fmt: skip

@@ -1,6 +1,10 @@
-"""Recipes: the settings of a conversion as a YAML file, the same names as convert.py's flags."""
+"""Recipes: the settings of a conversion as a YAML file, the same names as convert.py's flags.
 
-from collections.abc import Mapping
+A file may hold several targets of one model: settings they share, and under `targets` what each one changes.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,9 @@ class Recipe:
         model: alias, local folder or Hub id.
         schedule: "auto" (measured), "uniform", or layer index -> [k_bits, v_bits].
         bits: average code bits per value; for "uniform" a multiple of 0.5 (K gets the odd half: 2.5 is K 3, V 2).
+            With `max_kl`, the most it may take.
+        max_kl: take the fewest bits whose KL (nats), measured on the calibration text, is at most this; "auto"
+            schedules only.
         maps: "auto" calibrates maps and picks a variant per layer, "plain" keeps random rotations; read by "auto"
             schedules only.
         window, sinks, rotation, seed: see TurboQuantConfig.
@@ -47,6 +54,7 @@ class Recipe:
     model: str
     schedule: str | Mapping[int, tuple[int, int]] = "auto"
     bits: float = 3.0
+    max_kl: float | None = None
     maps: str = "auto"
     window: int = 128
     sinks: int = 4
@@ -63,6 +71,11 @@ class Recipe:
         if not 1 <= self.bits <= 8:
             raise ValueError(
                 f"expected bits between 1 and 8, got {self.bits}; widths are {BITS} and a schedule averages them"
+            )
+        if self.max_kl is not None and (self.schedule != "auto" or self.max_kl <= 0):
+            raise ValueError(
+                f"expected max_kl above 0 and schedule auto, got max_kl {self.max_kl} and schedule {self.schedule!r}; "
+                "other schedules leave nothing to choose"
             )
         if self.schedule == "uniform":
             self.uniform()
@@ -83,9 +96,9 @@ class Recipe:
             "use schedule auto for other averages"
         )
 
-    def uniform_below(self) -> LayerScheme:
-        """The widest uniform schedule that costs no more than `bits`: what a schedule has to beat."""
-        half = int(self.bits * 2) / 2
+    def uniform_below(self, average_bits: float | None = None) -> LayerScheme:
+        """The widest uniform schedule of at most `average_bits` (default: `bits`): what a schedule has to beat."""
+        half = int((self.bits if average_bits is None else average_bits) * 2) / 2
         while True:
             try:
                 return replace(self, schedule="auto", bits=half).uniform()
@@ -106,23 +119,88 @@ class Recipe:
         return yaml.safe_dump(data, sort_keys=False)
 
 
-def load(path: str | Path) -> Recipe:
+def load(path: str | Path, target: str | None = None) -> Recipe:
     """Read a recipe.
 
+    Args:
+        path: YAML file with one recipe, or with several targets.
+        target: the target wanted; None takes the one the file names under `target`.
+
     Raises:
-        ValueError: not YAML, an unknown or missing key, or a field out of range; the message names the file.
+        ValueError: not YAML, an unknown or missing key, a field out of range, or a target the file does not have; the
+            message names the file.
     """
+    with _naming(path):
+        data = _read(path)
+        if "targets" not in data:
+            if target is not None:
+                raise ValueError(f"expected no target, got {target!r}: this recipe has only one setting")
+            return from_mapping(data)
+        recipes = _targets(data)
+        name = data.get("target") if target is None else target
+        if name is None:
+            raise ValueError(f"expected a target, one of {', '.join(recipes)}")
+        return _pick(recipes, str(name))
+
+
+def load_targets(path: str | Path) -> dict[str, Recipe]:
+    """Every target of a recipe file by name, in its order; none in a file with a single setting.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    with _naming(path):
+        data = _read(path)
+        return _targets(data) if "targets" in data else {}
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Every mistake in the file as a ValueError of one line that begins with its path."""
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise ValueError(f"expected a mapping, got {type(data).__name__}")
-        if "model" not in data:
-            raise ValueError("expected a key 'model'")
-        return from_mapping(data)
+        yield
     except OSError as error:
         raise ValueError(f"{path}: cannot read the recipe ({error.strerror}); give the path of a YAML file") from error
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise ValueError(f"expected a mapping, got {type(data).__name__}")
+    if "model" not in data:
+        raise ValueError("expected a key 'model'")
+    return data
+
+
+def _targets(data: Mapping[str, Any]) -> dict[str, Recipe]:
+    """All targets of a file, so that a mistake in one shows whichever is asked for."""
+    shared = {key: value for key, value in data.items() if key not in ("target", "targets")}
+    if not isinstance(data["targets"], Mapping) or not data["targets"]:
+        raise ValueError(f"expected targets to be a mapping of names, got {data['targets']!r}")
+    recipes = {}
+    for name, changes in data["targets"].items():
+        try:
+            recipes[str(name)] = from_mapping(_over(shared, changes))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"target {name}: {error}") from error
+    if "target" in data:
+        _pick(recipes, str(data["target"]))
+    return recipes
+
+
+def _over(shared: Mapping[str, Any], changes: Any) -> dict[str, Any]:
+    if not isinstance(changes, Mapping):
+        raise ValueError(f"expected a mapping of settings, got {changes!r}")
+    texts = {k: {**shared.get(k, {}), **changes[k]} for k in ("calibration", "verification") if k in changes}
+    return {**shared, **changes, **texts}
+
+
+def _pick(recipes: Mapping[str, Recipe], name: str) -> Recipe:
+    if name not in recipes:
+        raise ValueError(f"unknown target {name!r}; expected one of {', '.join(recipes)}")
+    return recipes[name]
 
 
 def from_mapping(data: Mapping[str, Any]) -> Recipe:

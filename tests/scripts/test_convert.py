@@ -138,11 +138,37 @@ def test_a_losing_schedule_falls_back_to_uniform_and_says_so(base, text, tmp_pat
     assert report["fell_back"] and report["average_bits"] == 3.0
 
 
+def test_the_fewest_bits_that_meet_a_target(base, text, tmp_path, capsys):
+    code, out = run(base, text, tmp_path, "--max-kl", "1e-9", "--bits", "4")
+    error = capsys.readouterr().err
+    assert code == 1 and "expected a target that 4 bits can meet, got 1e-09" in error and not out.exists()
+    reachable = 3 * float(error.split("measured there: ")[1].split(";")[0])
+    for target, most in ((1e3, 1.0), (reachable, 3.99)):  # a bit less is about four times the KL
+        to = tmp_path / str(most)
+        assert run(base, text, tmp_path, "--max-kl", str(target), "--bits", "4", "--output-dir", str(to))[0] == 0
+        report = json.loads((to / "tq_ao_config.json").read_text())
+        assert 1 <= report["average_bits"] <= most
+        assert report["max_kl"] == target and report["baseline_uniform"]["bits"] <= report["average_bits"]
+        assert load(to / "recipe.yaml").max_kl == target
+        missed = f"exceeds the {target:g} asked for" in capsys.readouterr().err
+        assert missed == (report["kl"] > target)
+    assert report["average_bits"] > 1
+
+
+def test_names_of_outputs():
+    args = script.parse(["org/m", "--max-kl", "0.02"])
+    assert script.default_output(script.settings(args), args.target) == Path("m-tq-kl0.02")
+    args = script.parse(["gemma-2b", "--bits", "2.5"])
+    assert script.default_output(script.settings(args), args.target) == Path("gemma-2b-tq2.5")
+    assert script.default_output(script.settings(args), "memory-first") == Path("gemma-2b-tq-memory-first")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--bits", "0.5"], "between 1 and 8"),
         (["--schedule", "uniform", "--bits", "2.3"], "use schedule auto"),
+        (["--schedule", "uniform", "--max-kl", "0.1"], "expected max_kl above 0 and schedule auto"),
         (["--schedule", "nowhere.yaml"], "nowhere.yaml"),
         (["--output-dir", "/proc/nope/out"], "/proc"),
         (["--calibration", "EMPTY"], "empty"),

@@ -31,12 +31,12 @@ def meet(
         target: largest acceptable loss, e.g. KL in nats, or a perplexity ratio.
         schedule_for: budget in average bits -> schedule, e.g. `allocation.knapsack` with its table.
         measure: loss of a schedule; taken to fall as the budget grows.
-        low, high, step: grid of budgets; log2((high - low) / step) measurements.
+        low, high, step: grid of budgets, none above `high`; log2((high - low) / step) measurements.
 
     Raises:
         ValueError: even `high` misses the target.
     """
-    budgets = [low + step * n for n in range(round((high - low) / step) + 1)]
+    budgets = [low + step * n for n in range(int((high - low) / step + 1e-9) + 1)]
     seen: dict[int, tuple[Schedule, float]] = {}
 
     def value(n: int) -> float:
@@ -48,7 +48,8 @@ def meet(
     first, last = 0, len(budgets) - 1
     if value(last) > target:
         raise ValueError(
-            f"expected a target that {high:g} bits can meet, got {target:g}; measured there: {value(last):.4g}"
+            f"expected a target that {high:g} bits can meet, got {target:g}; measured there: {value(last):.4g}; "
+            "raise the target or the bits"
         )
     while first < last:
         middle = (first + last) // 2

@@ -11,6 +11,7 @@ from tq_ao.errors import TurboQuantError
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "quality.md"
+RECIPES = ROOT / "recipes"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--budgets", type=float, nargs="+", default=budgets, help="average code bits")
     commands.choices["pareto"].add_argument("--repair", type=int, default=0, help="measured swaps per budget")
     commands.choices["sensitivity"].add_argument("--bits", type=int, nargs="+", default=[2, 3])
-    commands.add_parser("report", help="rewrite the tables of docs/quality.md from benchmarks/results")
+    commands.add_parser("report", help="rewrite the tables of docs/quality.md and recipes/README.md")
     return top
 
 
@@ -73,9 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run one experiment and write its JSON."""
     args = parser().parse_args(argv)
     if args.command == "report":
+        from tq_ao import recipe_table
         from tq_ao.evaluation.report import fill
 
         DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+        readme = RECIPES / "README.md"
+        readme.write_text(recipe_table.fill(readme.read_text(encoding="utf-8"), RECIPES, RESULTS), encoding="utf-8")
         return 0
     try:
         result = run(args)

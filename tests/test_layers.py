@@ -27,7 +27,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
         {"quantizer", "hf", "quantize", "embedded", "models", "text", "hub", "model_card", "calibration", "evaluation"},
         TRANSFORMERS | {"torchao", "gguf", "matplotlib"},
     ),
-    ({"recipe"}, {"yaml"}),
+    ({"recipe", "recipe_table"}, {"yaml"}),
     ({"convert"}, TRANSFORMERS),
 ]
 

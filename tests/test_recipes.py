@@ -1,23 +1,219 @@
-"""Every recipe in recipes/ is one convert.py can run."""
+"""Every target of every recipe fits its model's real config, and runs on a small random model of that architecture."""
 
+import importlib.util
+import json
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from architectures import ARCHITECTURES, PACKED, config, small
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tq_ao import TurboQuantCache, hf, recipe_table
+from tq_ao.cache import head_dim, quantizable_layers
+from tq_ao.calibration import Shape, knapsack
+from tq_ao.calibration.target import meet
 from tq_ao.embedded import EMBEDDED
+from tq_ao.evaluation.decode_kl import prove_packed
 from tq_ao.models import ALIASES
-from tq_ao.recipe import load
+from tq_ao.recipe import Recipe, load, load_targets
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+TARGETS = ["2bit", "2.5bit", "3bit", "4bit", "quality-first", "memory-first"]
+every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+
+spec = importlib.util.spec_from_file_location("convert_script", ROOT / "scripts" / "convert.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe(path):
-    recipe = load(path)
-    assert recipe.model in ALIASES or recipe.model in EMBEDDED
+def test_the_set_is_there():
+    assert {path.stem for path in RECIPES} == set(ARCHITECTURES) == set(PACKED)
+
+
+@every_recipe
+def test_it_says_everything_and_how_to_run_it(path):
+    data = yaml.safe_load(path.read_text())
+    assert data["model"] == path.stem and (path.stem in ALIASES or path.stem in EMBEDDED)
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any(f"python scripts/convert.py --recipe recipes/{path.name}" in line for line in comments)
+    command = f"# python scripts/convert.py --recipe recipes/{path.name} --target {data['target']}"
+    assert comments[-1] == command and len(comments) > 1, "what is special about this model, then the command"
+    args = script.parse(command.split("convert.py ")[1].split())
+    args.recipe = path
+    assert script.settings(args) == load(path)
+    for changes in data["targets"].values():
+        unsaid = {field.name for field in fields(Recipe)} - set(data) - set(changes)
+        assert unsaid <= {"max_kl"}, "no hidden defaults"
 
 
-def test_the_starting_set_is_there():
-    assert {"smollm2-135m", "gemma-3-270m", "gemma-2b", "tinyllama-1.1b-chat"} <= {path.stem for path in RECIPES}
+@every_recipe
+def test_every_target_fits_the_model(path):
+    whole = config(path.stem)
+    hf.check_supported(whole)
+    layers, dim = quantizable_layers(whole), head_dim(whole)
+    assert layers == PACKED[path.stem] and dim % 32 == 0
+    shape = Shape.same(layers, whole.num_key_value_heads, dim)
+    # K of early layers is what costs most: a schedule that really mixes widths.
+    costs = {(i, s, b): 4.0**-b * (2 if s == "key" else 1) / (1 + i) for i in layers for s in ("key", "value")
+             for b in (1, 2, 3, 4)}  # fmt: skip
+    targets = load_targets(path)
+    assert list(targets) == TARGETS
+    for name, target in targets.items():
+        schedule = knapsack(costs, shape, target.bits)
+        assert shape.average(schedule) == pytest.approx(target.bits), f"{name}: reachable with {len(layers)} layers"
+        if name.endswith("bit"):
+            assert name == f"{target.bits:g}bit" and target.max_kl is None
+        resolved = target.config(schedule).resolve(layers, whole.num_hidden_layers, dim)
+        cache = TurboQuantCache(whole, resolved)
+        assert [i for i, layer in enumerate(cache.layers) if layer in cache.packed_layers()] == layers
+        below = target.uniform_below()
+        assert target.bits - 0.5 < (below.k_bits + below.v_bits) / 2 <= target.bits
+        for text in (target.calibration, target.verification):
+            assert target.window + target.sinks + 32 < text.length <= whole.max_position_embeddings
+        assert target.calibration.windows >= 3, "two thirds for statistics, the rest for sensitivities"
+    quality, memory = targets["quality-first"], targets["memory-first"]
+    assert quality.bits == max(target.bits for target in targets.values())
+    assert quality.window > targets["4bit"].window > memory.window
+    tried = meet(memory.max_kl, lambda bits: knapsack(costs, shape, bits), lambda s: 0.0, high=memory.bits)
+    assert tried.budget == 1.0, "all budgets down to the smallest schedule can be tried"
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_configs_above_are_the_real_ones(name, request):
+    """Those that are on this machine."""
+    folder = request.getfixturevalue({"smollm2-135m": "smollm2", "gemma-3-270m": "gemma3"}[name])
+    real = json.loads((folder / "config.json").read_text())
+    ours = config(name).to_dict()
+    for key in (*ARCHITECTURES[name], "head_dim", "layer_types"):
+        assert real.get(key) == ours.get(key), key
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file of four articles of random words."""
+    pick = torch.randint(97, 997, (4, 600), generator=torch.Generator().manual_seed(1)).tolist()
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n\n".join(f"= Part {i} =\n\n" + " ".join(map(str, row)) for i, row in enumerate(pick)))
+    return path
+
+
+@pytest.fixture
+def run(tokenizer, text, tmp_path):
+    """Convert a small random model as a recipe says; the folder with the result."""
+
+    def convert(path, *flags):
+        base, out = tmp_path / "base", tmp_path / "out"
+        AutoModelForCausalLM.from_config(small(path.stem, vocab_size=len(tokenizer))).save_pretrained(base)
+        tokenizer.save_pretrained(base)
+        where = ["--calibration", str(text), "--output-dir", str(out), "--verification-windows", "1"]
+        assert script.main([str(base), "--recipe", str(path), *where, "--max-seq-length", "320", *flags]) == 0
+        return out
+
+    return convert
+
+
+@every_recipe
+def test_a_small_model_of_the_architecture_converts_and_generates(path, run):
+    out = run(path, *"--target 2.5bit --schedule uniform --calibration-windows 1".split())
+    effective = load(out / "recipe.yaml")
+    assert (effective.bits, effective.window, effective.schedule) == (2.5, 128, "uniform")
+    assert "targets" not in yaml.safe_load((out / "recipe.yaml").read_text())
+    model = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.arange(5, 305)[None]
+    cache = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, return_dict_in_generate=True
+    ).past_key_values
+    assert isinstance(cache, TurboQuantCache)
+    assert prove_packed(cache) == pytest.approx(2.5 + 16 / head_dim(model.config))
+    schemes = {(layer.scheme.k_bits, layer.scheme.v_bits) for layer in cache.packed_layers()}
+    assert schemes == {(3, 2)} and len(cache.packed_layers()) == len(quantizable_layers(model.config)) >= 1
+
+
+@pytest.mark.parametrize("model_type", sorted({fields["model_type"] for fields in ARCHITECTURES.values()}))
+def test_every_kind_of_model_is_calibrated(model_type, run):
+    path = next(path for path in RECIPES if ARCHITECTURES[path.stem]["model_type"] == model_type)
+    out = run(path, *"--target memory-first --calibration-windows 3".split())
+    assert load(out / "recipe.yaml") == replace(load(out / "recipe.yaml"), bits=4.0, max_kl=0.01, window=64)
+    report = json.loads((out / "tq_ao_config.json").read_text())
+    assert len(report["sensitivity"]) == 8 * len(report["schedule"]), "K and V, four widths"
+    assert report["kl"] <= report["max_kl"] == 0.01 and report["average_bits"] < 4
+
+
+GOOD = {"model": "m", "bits": 3, "target": "a", "targets": {"a": {}, "b": {"bits": 2, "calibration": {"length": 512}}}}
+
+
+def test_targets_change_what_they_name_and_nothing_else(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, "calibration": {"windows": 4}}))
+    a, b = load_targets(path).values()
+    assert load(path) == a == load(path, "a") and load(path, "b") == b
+    assert (a.bits, a.calibration.windows, a.calibration.length) == (3, 4, 2048)
+    assert (b.bits, b.calibration.windows, b.calibration.length) == (2, 4, 512)
+    assert replace(b, bits=3, calibration=a.calibration) == a
+    path.write_text(b.to_yaml())
+    assert load(path) == b and load_targets(path) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "target", "says"),
+    [
+        ({}, "c", "unknown target 'c'; expected one of a, b"),
+        ({"target": "c"}, "a", "unknown target 'c'; expected one of a, b"),
+        ({"target": None}, None, "expected a target, one of a, b"),
+        ({"targets": {}}, None, "expected targets to be a mapping of names"),
+        ({"targets": {"a": {}, "b": {"bitts": 2}}}, "a", r"target b: unknown keys \['bitts'\]"),
+        ({"targets": {"a": {}, "b": 2}}, "a", "target b: expected a mapping of settings, got 2"),
+        ({"targets": {"a": {"bits": 9}}}, None, "target a: expected bits between 1 and 8"),
+        ({"targets": {"a": {"max_kl": 0.1, "schedule": "uniform"}}}, None, "target a: expected max_kl above 0"),
+        ({"targets": {"a": {"max_kl": 0}}}, None, "target a: expected max_kl above 0"),
+        ({"targets": {"a": {"calibration": {"lenght": 512}}}}, None, "target a: .*'lenght'"),
+    ],
+)
+def test_mistakes_in_targets(change, target, says, tmp_path):
+    path = tmp_path / "r.yaml"
+    data = {**GOOD, **change}
+    path.write_text(yaml.safe_dump({key: value for key, value in data.items() if value is not None}))
+    with pytest.raises(ValueError, match=f"r.yaml: {says}"):
+        load(path, target)
+
+
+def test_a_target_needs_a_recipe_that_has_it(tmp_path, capsys):
+    path = tmp_path / "plain.yaml"
+    path.write_text("model: smollm2-135m\nbits: 3\n")
+    for argv, says in (
+        (["smollm2-135m", "--target", "3bit"], "expected --recipe with --target"),
+        (["--recipe", str(path), "--target", "3bit"], "this recipe has only one setting"),
+        (["--recipe", str(RECIPES[0]), "--target", "5bit"], f"expected one of {', '.join(TARGETS)}"),
+    ):
+        assert script.main(argv) == 1
+        assert says in capsys.readouterr().err
+    assert script.main(["--recipe", str(path), "--output-dir", str(ROOT)]) == 1  # as before there were targets
+    assert f"{ROOT} exists" in capsys.readouterr().err
+
+
+def test_the_table_says_what_the_results_say():
+    readme = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    filled = recipe_table.fill(readme, ROOT / "recipes", ROOT / "benchmarks" / "results")
+    assert readme == filled, "run python scripts/evaluate.py report"
+    rows = [line for line in readme.splitlines() if line.startswith("| `") and ".yaml" in line]
+    assert len(rows) == len(RECIPES)
+
+
+def test_a_result_of_other_settings_is_not_shown(tmp_path):
+    recipe, results = next(path for path in RECIPES if path.stem == "smollm2-135m"), tmp_path
+    report = {"window": 128, "sinks": 4, "average_bits": 3.0, "kl": 0.001, "max_kl": None}
+    (results / "convert_smollm2-135m.json").write_text(json.dumps(report))
+    row = next(line for line in recipe_table.table(recipe.parent, results).splitlines() if recipe.name in line)
+    assert [cell.strip() for cell in row.strip("|").split("|")][2:] == ["–", "–", "0.00100 at 3 bits", "–", "–", "–"]
+    for change in ({"window": 64}, {"average_bits": 3.5}, {"max_kl": 0.01}):
+        (results / "convert_smollm2-135m.json").write_text(json.dumps({**report, **change}))
+        with pytest.raises(ValueError, match=r"convert_smollm2-135m\.json was measured with other settings than 3bit"):
+            recipe_table.table(recipe.parent, results)

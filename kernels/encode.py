@@ -1,17 +1,17 @@
 """Map, quantise and pack in registers: whole prefills, and the tile that has just left the window.
 
-    y = (x - shift) @ map        codes = nearest levels of y / sigma        scale = <y, c> / <c, c>
+    y = (x - shift) @ map      c = clamp(floor(y / (sigma * step))) + 1/2      scale = <y, c> / <c, c>
 
 The product runs on tensor cores in two bf16 parts (high + remainder, 17 bits): map = m_hi + m_lo, and x = x_hi + x_lo
 unless x is bf16 already; x_lo m_lo is left out.  Maps are divided by their largest entry first, which makes a
 randomised Hadamard matrix +-1, and a remainder that is all zero is skipped at run time.  Under the Triton
 interpreter, whose bf16 product is wrong, the same parts are multiplied as float32.
 
+Rows and columns of the product are permuted (`_tokens`, `_columns`) so that the accumulator of a tensor-core product
+holds whole packed words: with four warps and 128 rows a warp owns a tile, and no code changes its thread.
+
 What is written where is decided on the device from `length` and `start`, so a captured CUDA graph replays correctly.
 """
-
-import itertools
-import struct
 
 import torch
 import triton
@@ -22,111 +22,151 @@ STEP_TOKENS = 32  # appends up to this long fill at most one tile and cannot ove
 
 
 @triton.jit
-def _quantize(y, live, D: tl.constexpr, BITS: tl.constexpr, EDGES: tl.constexpr, LEVELS: tl.constexpr):
-    """y [N, DP] float32, zero where not live -> codes int32 [N, DP], least-squares scales float32 [N]."""
-    a = tl.abs(y)
-    if BITS == 8:
-        inverse = 127.0 / tl.maximum(tl.max(a, axis=1), 1e-30)
-        # Adding 1.5 * 2**23 rounds to nearest even and leaves the two's complement code in the low bits.
-        rounded = y * inverse[:, None] + 12582912.0
-        codes = rounded.to(tl.int32, bitcast=True) & 255
-        c = rounded - 12582912.0
-        top = 127.0
-        product = tl.sum(y * c, axis=1)
-    else:
-        sigma = tl.sqrt(tl.sum(y * y, axis=1) / D)
-        # The low mantissa bits of a level hold its index: one select per threshold picks both.
-        c = tl.full(y.shape, LEVELS[0], tl.float32)
-        for i in tl.static_range(len(EDGES)):
-            c = tl.where(a > (EDGES[i] * sigma)[:, None], LEVELS[i + 1], c)
-        HALF: tl.constexpr = 1 << (BITS - 1)
-        index = c.to(tl.int32, bitcast=True) & (HALF - 1)
-        if BITS == 4:  # sign-magnitude
-            codes = index ^ tl.where(y > 0, 0, 8)
-        else:  # ascending
-            codes = index ^ tl.where(y > 0, HALF, HALF - 1)
-        top = 1.0
-        product = tl.sum(a * c, axis=1)
-        if y.shape[1] != D:
-            c = tl.where(live, c, 0.0)
-    scale = top * product / tl.maximum(tl.sum(c * c, axis=1), 1e-30)
-    return codes, scale
+def _tokens(TILES: tl.constexpr, KEY: tl.constexpr):
+    """Token of each row of a block, int32 [TILES * 32]: rows are (i0 tile i1 g) for keys, (b1 tile b0 j0 t) for values.
+
+    Bits 0-2 of a row are lanes of a warp; bit 3 and, from 128 rows on, the highest bit are registers.
+    """
+    row = tl.arange(0, TILES * 32)
+    lane = row % 8
+    near = row // 8 % 2
+    tile = row // 16 % TILES
+    far = row // (16 * TILES)
+    if KEY:
+        return tile * 32 + near * 16 + far * 8 + lane
+    return tile * 32 + lane // 4 * 16 + far * 8 + lane % 4 * 2 + near
 
 
 @triton.jit
-def _store_codes(codes, words, tile_stride, tile_ok, D: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr):
-    """Pack codes int32 [TILES * 32 tokens, DP] into layout v1 (packing.py) at words + tile * tile_stride."""
+def _columns(DP: tl.constexpr, KEY: tl.constexpr):
+    """Dim of each column, int32 [DP]: columns are (group jj byte1 t byte0) for keys, (group m1 m0 g01 g2) for values.
+
+    Bits 1 and 2 of a column are lanes of a warp, the others are registers.
+    """
+    column = tl.arange(0, DP)
+    low = column % 8
+    if KEY:
+        return column // 16 * 16 + low // 2 * 4 + column // 8 % 2 * 2 + low % 2
+    return column // 8 * 8 + low % 2 * 4 + low // 2
+
+
+@triton.jit
+def _quantize(y, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr):
+    """y [N, DP] float32, zero beyond D -> codes and scales.
+
+    Codes are int32 [N, DP], below 8 bits with the exponent of the float they were rounded in (`_store_codes` takes it
+    off whole words); scales are float32 [N].
+    """
+    MAGIC: tl.constexpr = 8388608.0 + (BITS == 1)
+    if BITS == 8:
+        inverse = 127.0 / tl.maximum(tl.max(tl.abs(y), axis=1), 1e-30)
+        rounded = y * inverse[:, None] + 12582912.0  # 1.5 * 2**23: rounds to nearest even
+        c = rounded - 12582912.0
+        top = 127.0
+    else:
+        # Level c is (code - TOP / 2), so code = round(clamp(y / (sigma * step) + TOP / 2, 0, TOP)).  Clamping to 0 .. 1
+        # costs nothing (a saturating multiply-add), and a tie at y = 0 rounds to the even code, 2 ** (BITS - 1).
+        TOP: tl.constexpr = (1 << BITS) - 1
+        sigma = tl.sqrt(tl.sum(y * y, axis=1) / D)
+        inverse = (1.0 / TOP) / tl.maximum(sigma * STEP, 1e-30)
+        share = tl.minimum(tl.maximum(y * inverse[:, None] + 0.5, 0.0), 1.0)
+        rounded = share * TOP + MAGIC
+        c = (rounded - MAGIC) - 0.5 * TOP
+        top = 1.0
+    square = tl.sum(c * c, axis=1)
+    if BITS < 8:
+        square -= 0.25 * (y.shape[1] - D)
+    scale = top * tl.sum(y * c, axis=1) / tl.maximum(square, 1e-30)
+    codes = rounded.to(tl.int32, bitcast=True)
+    return codes & 255 if BITS == 8 else codes, scale
+
+
+@triton.jit
+def _fold(x, SHIFT: tl.constexpr):
+    """Pairs in the last dimension -> first + second * 2 ** SHIFT."""
+    low, high = tl.split(x)
+    return low + high * (1 << SHIFT)
+
+
+@triton.jit
+def _index(N: tl.constexpr, SHAPE: tl.constexpr):
+    """0 .. N-1 along the one dimension of SHAPE that is N long, the others being 1."""
+    return tl.reshape(tl.arange(0, N), SHAPE)
+
+
+@triton.jit
+def _store_codes(codes, words, tile_stride, left, D: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr):
+    """Pack codes of `_quantize` into layout v2 (packing.py): tile i < left of the block at words + i * tile_stride."""
     TILES: tl.constexpr = codes.shape[0] // 32
     R: tl.constexpr = codes.shape[1] // 32
     G: tl.constexpr = D // 32
-    PER: tl.constexpr = 8 if KEY and BITS < 8 else 4  # consecutive codes first summed into one word
-    PARTS: tl.constexpr = 4 if BITS < 8 else 8  # words of up to eight codes in a group of 32
-    if KEY:  # tile i g j t byte -> tile g t (i j) byte, two j to a word below 8 bits
-        if BITS == 8:
-            c = tl.permute(tl.reshape(codes, [TILES, 4, 8, 2 * R, 4, 4]), (0, 2, 4, 1, 3, 5))
-        else:
-            c = tl.reshape(codes, [TILES, 4, 8, R, 2, 4, 4])
-            c = tl.permute(c, (0, 2, 5, 1, 3, 4, 6))
-    else:  # tile j0 b1 t b0 group s g -> tile g t group s j0 b1 b0
-        c = tl.permute(tl.reshape(codes, [TILES, 2, 2, 4, 2, R, 4, 8]), (0, 7, 3, 5, 6, 1, 2, 4))
-    # Shifts written as products with exact powers of two, so that shift and sum become one multiply-add.
-    WIDTH: tl.constexpr = 8 if BITS == 8 else 4
-    factor = ((127 + WIDTH * tl.arange(0, PER)) << 23).to(tl.float32, bitcast=True).to(tl.int32)
-    part = tl.sum(tl.reshape(c, [TILES, 32, R * 32 // PER, PER]) * factor[None, None, None, :], axis=3)
-    if not KEY and BITS < 8:
-        low, high = tl.split(tl.reshape(part, [TILES, 32, R * PARTS, 2]))  # j0
-        part = low | (high << 16)
-    if KEY and R != G:  # close the gaps that padding left behind each i
-        p = tl.arange(0, R * PARTS)
-        source = tl.minimum(p // (G * PARTS // 4) * (R * PARTS // 4) + p % (G * PARTS // 4), R * PARTS - 1)
-        part = tl.gather(part, tl.broadcast_to(source[None, None, :], part.shape), axis=2)
-
-    tile = tl.arange(0, TILES).to(tl.int64)[:, None, None]
-    lane = tl.arange(0, 32)[None, :, None]
-    if BITS == 4 or BITS == 8:
-        p = tl.arange(0, R * PARTS)[None, None, :]
-        at = words + tile * tile_stride + ((p % PARTS) * 32 + lane) * G + p // PARTS
-        tl.store(at, part, mask=tile_ok[:, None, None] & (p // PARTS < G))
-    else:
-        even, odd = tl.split(tl.reshape(part, [TILES, 32, R, 2, 2]))
-        s0, s2 = tl.split(even)
-        s1, s3 = tl.split(odd)
-        # One store of all planes: each store costs a trip through shared memory.
-        group = tl.arange(0, R)[None, None, :]
-        at = words + tile * tile_stride + lane * G + group
-        ok = tl.broadcast_to(tile_ok[:, None, None] & (group < G), s0.shape)
+    # What the constant of every code adds to a word.
+    SHARES: tl.constexpr = 0x11111111 if BITS >= 3 else (0x55555555 if BITS == 2 else 0xFFFFFFFF)
+    SUM: tl.constexpr = (SHARES * (0x4B000000 + (BITS == 1))) & 0xFFFFFFFF
+    OFFSET: tl.constexpr = SUM - ((SUM >> 31) << 32)
+    if KEY:  # i0 tile i1 g group jj byte1 t byte0
+        x = tl.reshape(codes, [2, TILES, 2, 8, R, 2, 2, 4, 2])
+        if BITS == 8:  # -> i1 i0 jj tile g t group byte
+            x = _fold(_fold(tl.permute(x, (2, 0, 5, 1, 3, 7, 4, 6, 8)), 8), 16)
+            plane = _index(2, [2, 1, 1, 1, 1, 1, 1]) * 4 + _index(2, [2, 1, 1, 1, 1, 1]) * 2
+            plane += _index(2, [2, 1, 1, 1, 1])
+        elif BITS >= 3:  # -> jj i0 tile g t group nibble
+            x = _fold(_fold(_fold(tl.permute(x, (5, 0, 1, 3, 7, 4, 6, 8, 2)), 4), 8), 16)
+            plane = _index(2, [2, 1, 1, 1, 1, 1]) * 2 + _index(2, [2, 1, 1, 1, 1])
+        else:  # -> jj tile g t group i0 nibble
+            x = _fold(_fold(_fold(_fold(tl.permute(x, (5, 1, 3, 7, 4, 0, 6, 8, 2)), 4), 8), 16), BITS)
+            plane = _index(2, [2, 1, 1, 1, 1])
+            if BITS == 1:
+                x = _fold(tl.permute(x, (1, 2, 3, 4, 0)), 2)
+                plane = 0
+        lane = _index(8, [8, 1, 1]) * 4 + _index(4, [4, 1])
+        tile = _index(TILES, [TILES, 1, 1, 1])
+    else:  # b1 tile b0 j0 t group m1 m0 g01 g2
+        x = tl.reshape(codes, [2, TILES, 2, 2, 4, R, 2, 2, 4, 2])
+        plane = _index(2, [2, 1, 1, 1])  # j0
+        if BITS == 8:  # -> m1 m0 g2 tile j0 t g01 group byte
+            x = _fold(_fold(tl.permute(x, (6, 7, 9, 1, 3, 4, 8, 5, 0, 2)), 8), 16)
+            plane += _index(2, [2, 1, 1, 1, 1, 1, 1, 1]) * 4 + _index(2, [2, 1, 1, 1, 1, 1, 1]) * 2
+        elif BITS >= 3:  # -> b1 g2 tile j0 t g01 group nibble
+            x = _fold(_fold(_fold(tl.permute(x, (0, 9, 1, 3, 4, 8, 5, 2, 7, 6)), 4), 8), 16)
+            plane = plane * 2 + _index(2, [2, 1, 1, 1, 1, 1, 1])
+        else:  # -> g2 tile j0 t g01 group m0 nibble
+            x = _fold(_fold(_fold(_fold(tl.permute(x, (9, 1, 3, 4, 8, 5, 7, 2, 0, 6)), 4), 8), 16), BITS)
+            if BITS == 1:
+                x = tl.sum(x << (2 * plane), axis=2, keep_dims=True)
+                plane = 0
+        lane = _index(4, [4, 1, 1]) + _index(4, [4, 1]) * 4 + _index(2, [2, 1, 1, 1, 1, 1]) * 16
+        tile = _index(TILES, [TILES, 1, 1, 1, 1])
+    group = tl.arange(0, R)
+    if BITS < 8:
+        x -= OFFSET
+    ok = (tile < left) & (group < G)
+    if BITS == 3:
+        spare = tl.where(plane == 3, x, 0)
+        spare = tl.sum(tl.sum(spare, axis=0, keep_dims=True), axis=1 if KEY else 3, keep_dims=True)
+        x = (x << 1) | ((spare >> (2 - tl.minimum(plane, 2))) & 0x11111111)
+        ok &= plane < 3
+    if KEY and BITS > 1 and BITS < 8:
+        x ^= -2139062144
         if BITS == 3:
-            w0 = s0 | ((s3 & 0x11111111) << 3)
-            w1 = s1 | (((s3 >> 1) & 0x11111111) << 3)
-            w2 = s2 | (((s3 >> 2) & 0x11111111) << 3)
-            w = tl.join(tl.join(w0, w2), tl.join(w1, w2))
-            half = tl.arange(0, 2)
-            plane = (2 * half[:, None] + half[None, :])[None, None, None, :, :]
-            at = at[:, :, :, None, None] + plane * (32 * G)
-            tl.store(at, w, mask=ok[:, :, :, None, None] & (plane < 3))
-        elif BITS == 2:
-            plane = tl.arange(0, 2)[None, None, None, :]
-            w = tl.join(s0 | (s1 << 2), s2 | (s3 << 2))
-            tl.store(at[:, :, :, None] + plane * (32 * G), w, mask=ok[:, :, :, None])
-        else:
-            tl.store(at, s0 | (s1 << 1) | (s2 << 2) | (s3 << 3), mask=ok)
+            x ^= tl.where(plane == 0, 0x10101010, 0)
+    at = words + tile.to(tl.int64) * tile_stride + ((plane * 32 + lane) * G + group)
+    tl.store(at, x, mask=ok)
 
 
 @triton.jit
 def _store_tiles(
-    y, unit, words, tile_stride, scales, scale_stride, tile_ok,
-    D: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, EDGES: tl.constexpr, LEVELS: tl.constexpr,
+    y, unit, words, tile_stride, scales, scale_stride, left,
+    D: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Quantise and store y [TILES * 32, DP]; `unit` is the factor y still lacks."""
-    live = (tl.arange(0, y.shape[1]) < D)[None, :]
-    codes, scale = _quantize(y, live, D, BITS, EDGES, LEVELS)
-    _store_codes(codes, words, tile_stride, tile_ok, D, BITS, KEY)
-    scale = scale * unit
-    scale = tl.where(tl.abs(scale) < float("inf"), tl.minimum(scale, 65504.0), float("nan"))
-    TILES: tl.constexpr = y.shape[0] // 32
-    tile = tl.arange(0, TILES).to(tl.int64)[:, None]
-    at = scales + tile * scale_stride + tl.arange(0, 32)[None, :]
-    tl.store(at, tl.reshape(scale, [TILES, 32]).to(tl.float16), mask=tile_ok[:, None])
+    """Quantise y [TILES * 32, DP] and store the first `left` tiles; `unit` is the factor y still lacks."""
+    codes, scale = _quantize(y, D, BITS, STEP)
+    _store_codes(codes, words, tile_stride, left, D, BITS, KEY)
+    scale = tl.abs(scale * unit)  # negative only where the squares of y overflow
+    scale = tl.where(scale < float("inf"), tl.minimum(scale, 65504.0), float("nan"))
+    token = _tokens(y.shape[0] // 32, KEY)
+    at = scales + (token // 32).to(tl.int64) * scale_stride + token % 32
+    tl.store(at, scale.to(tl.float16), mask=token // 32 < left)
 
 
 @triton.jit
@@ -144,10 +184,9 @@ def _split_map(m, unit, inverse, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def _load_map(map, first, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
-    """Rows first .. first + ROWS - 1 of a map, float32 [ROWS, DP], zero beyond D."""
+def _load_map(map, first, columns, D: tl.constexpr, ROWS: tl.constexpr):
+    """Rows first .. first + ROWS - 1 and the given columns of a map, float32 [ROWS, DP], zero beyond D."""
     rows = first + tl.arange(0, ROWS)
-    columns = tl.arange(0, DP)
     inside = (rows < D)[:, None] & (columns < D)[None, :]
     return tl.load(map + rows[:, None] * D + columns[None, :], mask=inside, other=0.0)
 
@@ -175,17 +214,17 @@ def _load_rows(
 
 @triton.jit
 def _mapped(
-    x, ring, token, fresh, slot, kept, x_sn, x_sd, r_sn, r_sd, map, shift,
+    x, ring, token, fresh, slot, kept, x_sn, x_sd, r_sn, r_sd, map, shift, columns,
     D: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr, RING: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """y [N, DP] = (rows - shift) @ map, the map streamed KC rows at a time."""
+    """y [N, DP] = (rows - shift) @ map[:, columns], the map streamed KC rows at a time."""
     y = tl.zeros([token.shape[0], DP], tl.float32)
     for first in range(0, DP, KC):
         rows = _load_rows(x, ring, token, fresh, slot, kept, first, x_sn, x_sd, r_sn, r_sd, D, KC, RING)
         offset = tl.load(shift + first + tl.arange(0, KC), mask=first + tl.arange(0, KC) < D, other=0.0)
         delta = tl.where((fresh | kept)[:, None], rows.to(tl.float32) - offset[None, :], 0.0)
         x_high, x_low = _split(delta, OPERAND)
-        m_high, m_low = _split_map(_load_map(map, first, D, DP, KC), 1.0, 1.0, OPERAND)
+        m_high, m_low = _split_map(_load_map(map, first, columns, D, KC), 1.0, 1.0, OPERAND)
         y = tl.dot(x_low, m_high, y, input_precision="ieee")
         y = tl.dot(x_high, m_low, y, input_precision="ieee")
         y = tl.dot(x_high, m_high, y, input_precision="ieee")
@@ -210,8 +249,7 @@ def encode_kernel(
     x_sb, x_sh, x_sn, x_sd, r_sb, r_sh, r_sn, r_sd, w_sb, w_sh, w_st, s_sb, s_sh, s_st,
     heads, n, tiles, capacity, sinks, window, blocks,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr,
-    EDGES: tl.constexpr, LEVELS: tl.constexpr, TILES: tl.constexpr, KC: tl.constexpr,
-    RING: tl.constexpr, OPERAND: tl.constexpr,
+    STEP: tl.constexpr, TILES: tl.constexpr, KC: tl.constexpr, RING: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Encode many tiles of one side (keys or values).
 
@@ -241,7 +279,8 @@ def encode_kernel(
     first = tl.program_id(1) * blocks
     last = tl.minimum(first + blocks, (count + TILES - 1) // TILES)
     if first < last:
-        row = tl.arange(0, TILES * 32)
+        order = _tokens(TILES, KEY)
+        columns = _columns(DP, KEY)
         unit = 0.0 if HALVES else 1.0
         if WHOLE or HALVES:
             dims = tl.arange(0, DP)
@@ -249,39 +288,39 @@ def encode_kernel(
             # leave out multiplies x - shift only.
             has_shift = tl.max(tl.abs(tl.load(shift + dims, mask=dims < D, other=0.0)), axis=0) > 0
             if WHOLE:
-                m = _load_map(map, 0, D, DP, DP)
+                m = _load_map(map, 0, columns, D, DP)
                 unit = _largest(m)
                 inverse = tl.where(unit > 0, 1.0 / unit, 0.0)
                 m_high, m_low = _split_map(m, unit, inverse, OPERAND)
                 map_has_low = _largest(m_low) > 0
             else:
                 for k in range(0, DP, KC):
-                    unit = tl.maximum(unit, _largest(_load_map(map, k, D, DP, KC)))
+                    unit = tl.maximum(unit, _largest(_load_map(map, k, columns, D, KC)))
                 inverse = tl.where(unit > 0, 1.0 / unit, 0.0)
                 remainder = 0.0
                 for k in range(0, DP, KC):
-                    _chunk, chunk_low = _split_map(_load_map(map, k, D, DP, KC), unit, inverse, OPERAND)
+                    _chunk, chunk_low = _split_map(_load_map(map, k, columns, D, KC), unit, inverse, OPERAND)
                     remainder = tl.maximum(remainder, _largest(chunk_low))
                 map_has_low = remainder > 0
-                m_high, _low = _split_map(_load_map(map, 0, D, DP, 128), unit, inverse, OPERAND)
-                m2_high, _low2 = _split_map(_load_map(map, 128, D, DP, 128), unit, inverse, OPERAND)
+                m_high, _low = _split_map(_load_map(map, 0, columns, D, 128), unit, inverse, OPERAND)
+                m2_high, _low2 = _split_map(_load_map(map, 128, columns, D, 128), unit, inverse, OPERAND)
             shifted = tl.zeros([DP], tl.float32)
             if has_shift:
                 for k in range(0, DP, KC):
-                    high, low = _split_map(_load_map(map, k, D, DP, KC), unit, inverse, OPERAND)
+                    high, low = _split_map(_load_map(map, k, columns, D, KC), unit, inverse, OPERAND)
                     part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
                     shifted += tl.sum(part[:, None] * (high.to(tl.float32) + low.to(tl.float32)), axis=0)
         for block in range(first, last):
             tile = block * TILES
-            row_ok = tile + row // 32 < count
+            row_ok = tile + order // 32 < count
             if RING:
-                t = sinks + (tile0 + tile) * 32 + row
+                t = sinks + (tile0 + tile) * 32 + order
                 fresh = row_ok & (t >= before)
                 kept = row_ok & (t < before)
                 token = t - before + skip
                 slot = (t - sinks) % capacity
             else:
-                token = tile.to(tl.int64) * 32 + row
+                token = tile.to(tl.int64) * 32 + order
                 fresh = row_ok & (token < n)
                 kept = fresh
                 slot = token
@@ -304,20 +343,18 @@ def encode_kernel(
                 if map_has_low:
                     for k in range(0, DP, KC):
                         chunk = _load_rows(x, ring, token, fresh, slot, kept, k, x_sn, x_sd, r_sn, r_sd, D, KC, RING)
-                        _high, rest = _split_map(_load_map(map, k, D, DP, KC), unit, inverse, OPERAND)
+                        _high, rest = _split_map(_load_map(map, k, columns, D, KC), unit, inverse, OPERAND)
                         y = tl.dot(chunk.to(OPERAND), rest, y, input_precision="ieee")
             else:
                 y = _mapped(
-                    x, ring, token, fresh, slot, kept, x_sn, x_sd, r_sn, r_sd, map, shift, D, DP, KC, RING, OPERAND
-                )
+                    x, ring, token, fresh, slot, kept, x_sn, x_sd, r_sn, r_sd, map, shift, columns,
+                    D, DP, KC, RING, OPERAND,
+                )  # fmt: skip
             if WHOLE or HALVES:
                 if has_shift:
                     y = tl.where((fresh | kept)[:, None], y - shifted[None, :], 0.0)
             at = (tile0 + tile).to(tl.int64)
-            tile_ok = tile + tl.arange(0, TILES) < count
-            _store_tiles(
-                y, unit, words + at * w_st, w_st, scales + at * s_st, s_st, tile_ok, D, BITS, KEY, EDGES, LEVELS
-            )
+            _store_tiles(y, unit, words + at * w_st, w_st, scales + at * s_st, s_st, count - tile, D, BITS, KEY, STEP)
 
 
 @triton.jit
@@ -372,24 +409,21 @@ def write_kernel(
 def _step_side(
     x, sink, ring, words, scales, map, shift, q, skip, before, old, new, tiles,
     x_sn, x_sd, k_sn, k_sd, r_sn, r_sd, w_st, s_st, sinks, capacity,
-    D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, EDGES: tl.constexpr,
-    LEVELS: tl.constexpr, Q: tl.constexpr, KC: tl.constexpr, OPERAND: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr, Q: tl.constexpr,
+    KC: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     index = tl.arange(0, Q).to(tl.int64)
     ok = (index >= skip) & (index < q)
     _write_exact(x, sink, ring, index, ok, before, skip, x_sn, x_sd, k_sn, k_sd, r_sn, r_sd, sinks, capacity, D, DP)
     if (new > old) & (old // 32 < tiles):
-        u = old + tl.arange(0, 32)
+        u = old + _tokens(1, KEY)
         t = sinks + u
         y = _mapped(
             x, ring, t - before + skip, t >= before, u % capacity, t < before, x_sn, x_sd, r_sn, r_sd,
-            map, shift, D, DP, KC, True, OPERAND,
+            map, shift, _columns(DP, KEY), D, DP, KC, True, OPERAND,
         )  # fmt: skip
         tile = old // 32
-        tile_ok = tl.arange(0, 1) == 0
-        _store_tiles(
-            y, 1.0, words + tile * w_st, w_st, scales + tile * s_st, s_st, tile_ok, D, BITS, KEY, EDGES, LEVELS
-        )
+        _store_tiles(y, 1.0, words + tile * w_st, w_st, scales + tile * s_st, s_st, 1, D, BITS, KEY, STEP)
 
 
 @triton.jit(do_not_specialize=["k_tiles", "v_tiles"])
@@ -399,9 +433,8 @@ def step_kernel(
     k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, e_sb, e_sh, e_sn, e_sd, r_sb, r_sh, r_sn, r_sd,
     kw_sb, kw_sh, kw_st, ks_sb, ks_sh, ks_st, vw_sb, vw_sh, vw_st, vs_sb, vs_sh, vs_st,
     heads, q, k_tiles, v_tiles, capacity, sinks, window,
-    D: tl.constexpr, DP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_EDGES: tl.constexpr,
-    K_LEVELS: tl.constexpr, V_EDGES: tl.constexpr, V_LEVELS: tl.constexpr,
-    Q: tl.constexpr, KC: tl.constexpr, OPERAND: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    K_STEP: tl.constexpr, V_STEP: tl.constexpr, Q: tl.constexpr, KC: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Append q <= 32 tokens: write them to sinks and ring, and encode the tile that leaves the window, if one does.
 
@@ -418,30 +451,15 @@ def step_kernel(
             k + b * k_sb + h * k_sh, k_sinks + at_sink, k_recent + at_ring, k_words + b * kw_sb + h * kw_sh,
             k_scales + b * ks_sb + h * ks_sh, key_map + h * D * D, key_shift + h * D, q, skip, before, old, new,
             k_tiles, k_sn, k_sd, e_sn, e_sd, r_sn, r_sd, kw_st, ks_st, sinks, capacity,
-            D, DP, K_BITS, True, K_EDGES, K_LEVELS, Q, KC, OPERAND,
+            D, DP, K_BITS, True, K_STEP, Q, KC, OPERAND,
         )  # fmt: skip
     else:
         _step_side(
             v + b * v_sb + h * v_sh, v_sinks + at_sink, v_recent + at_ring, v_words + b * vw_sb + h * vw_sh,
             v_scales + b * vs_sb + h * vs_sh, value_map + h * D * D, value_shift + h * D, q, skip, before, old, new,
             v_tiles, v_sn, v_sd, e_sn, e_sd, r_sn, r_sd, vw_st, vs_st, sinks, capacity,
-            D, DP, V_BITS, False, V_EDGES, V_LEVELS, Q, KC, OPERAND,
+            D, DP, V_BITS, False, V_STEP, Q, KC, OPERAND,
         )  # fmt: skip
-
-
-def quantizer_constants(book) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Thresholds between ascending magnitudes, and the magnitudes with their index in the low mantissa bits.
-
-    `book` has fields bits and levels (indexed by code).  Empty at 8 bits, whose codes are rounded numbers.
-    """
-    if book.bits == 8:
-        return (), ()
-    magnitudes = sorted(x for x in book.levels if x > 0)
-    edges = tuple((a + b) / 2 for a, b in itertools.pairwise(magnitudes))
-    half = 1 << (book.bits - 1)
-    as_int = [struct.unpack("<i", struct.pack("<f", x))[0] for x in magnitudes]
-    tagged = tuple(struct.unpack("<f", struct.pack("<i", (w & -half) | i))[0] for i, w in enumerate(as_int))
-    return edges, tagged
 
 
 def _operand() -> tl.dtype:
@@ -480,23 +498,25 @@ def _encode_many(x, ring, codes, scales, map, shift, length, start, tiles, sinks
     blocks = triton.cdiv(tiles, options["TILES"])
     cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
     per_program = max(1, triton.cdiv(blocks * batch * heads, (2 if dim <= 128 else 1) * cores))
-    edges, levels = quantizer_constants(book)
     encode_kernel[(batch * heads, triton.cdiv(blocks, per_program))](
         x, ring, words, scales, map, shift, length, start,
         *x.stride(), *(ring.stride() if ring is not None else (0, 0, 0, 0)), *words.stride()[:3], *scales.stride()[:3],
         heads, n, codes.shape[2], ring.shape[2] if ring is not None else 1, sinks, window, per_program,
-        D=dim, DP=_padded(dim), BITS=book.bits, KEY=key, EDGES=edges, LEVELS=levels,
+        D=dim, DP=_padded(dim), BITS=book.bits, KEY=key, STEP=book.step,
         RING=ring is not None, OPERAND=_operand(), **options,
     )  # fmt: skip
 
 
-def encode(x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, book) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(
+    x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, book, role: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Map, quantise and pack x, as `reference.encode`.
 
     Args:
         x: [B, H, N, D], bf16, fp16 or float32, any strides; the last tile is filled up with zero vectors.
         map, shift: float32 [H, D, D] and [H, D].
-        book: codebook with fields bits, role and levels.
+        book: codebook with fields bits and step.
+        role: "key" or "value".
 
     Returns:
         codes uint8 [B, H, T, 32 * D * bits / 8] and scales float16 [B, H, T, 32], T = ceil(N / 32).
@@ -507,7 +527,7 @@ def encode(x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, book) -> tup
     scales = torch.empty(batch, heads, tiles, TILE, dtype=torch.float16, device=x.device)
     if codes.numel():
         map, shift = map.contiguous(), shift.contiguous()
-        _encode_many(x, None, codes, scales, map, shift, None, None, tiles, 0, 0, book.role == "key", book)
+        _encode_many(x, None, codes, scales, map, shift, None, None, tiles, 0, 0, role == "key", book)
     return codes, scales
 
 
@@ -539,14 +559,13 @@ def append_(
     padded = _padded(dim)
     if q <= STEP_TOKENS:
         k_words, v_words = _words(k_codes, k_scales), _words(v_codes, v_scales)
-        (k_edges, k_levels), (v_edges, v_levels) = quantizer_constants(key_book), quantizer_constants(value_book)
         step_kernel[(batch * heads, 2)](
             k, v, k_sinks, v_sinks, k_recent, v_recent, k_words, k_scales, v_words, v_scales, *maps, length, start,
             *k.stride(), *v.stride(), *k_sinks.stride(), *k_recent.stride(), *k_words.stride()[:3],
             *k_scales.stride()[:3], *v_words.stride()[:3], *v_scales.stride()[:3],
             heads, q, k_codes.shape[2], v_codes.shape[2], capacity, sinks, window,
-            D=dim, DP=padded, K_BITS=key_book.bits, V_BITS=value_book.bits, K_EDGES=k_edges, K_LEVELS=k_levels,
-            V_EDGES=v_edges, V_LEVELS=v_levels, Q=triton.next_power_of_2(q), KC=32, OPERAND=_operand(),
+            D=dim, DP=padded, K_BITS=key_book.bits, V_BITS=value_book.bits, K_STEP=key_book.step,
+            V_STEP=value_book.step, Q=triton.next_power_of_2(q), KC=32, OPERAND=_operand(),
             num_warps=4, num_stages=1,
         )  # fmt: skip
         return

@@ -8,7 +8,7 @@ softmax sums; `merge_kernel` weighs them, maps the packed part back and adds the
     out = w_exact o_exact + (sum_s w_s o_s) @ output_map + (sum_s w_s) value_shift
 
 Queries are divided by their largest entry to be safe in fp16, whose 11 bits matter more here than range; levels are
-whole grid numbers, exact in fp16 and bf16.  Scales of keys multiply scores, those of values multiply probabilities.
+halves of odd numbers, exact in fp16 and bf16.  Scales of keys multiply scores, those of values multiply probabilities.
 """
 
 from functools import lru_cache
@@ -57,7 +57,7 @@ def rotate_kernel(
         x = x.to(tl.float32)
         shifted += tl.sum(x * tl.load(key_shift + h * D + dims, mask=dims < D, other=0.0)[None, :], axis=1)
         x_high, x_low = _split(x, OPERAND)
-        m_high, m_low = _split_map(_load_map(query_map + h * D * D, first, D, DP, KC), 1.0, 1.0, OPERAND)
+        m_high, m_low = _split_map(_load_map(query_map + h * D * D, first, tl.arange(0, DP), D, KC), 1.0, 1.0, OPERAND)
         y = tl.dot(x_low, m_high, y, input_precision="ieee")
         y = tl.dot(x_high, m_low, y, input_precision="ieee")
         y = tl.dot(x_high, m_high, y, input_precision="ieee")
@@ -72,11 +72,14 @@ def rotate_kernel(
 
 
 @triton.jit
-def _levels8(nibbles, BITS: tl.constexpr, LEVELS: tl.constexpr, ASM: tl.constexpr, OPERAND: tl.constexpr):
-    """Words of eight nibbles int32 [...] -> grid values OPERAND [..., 2, 2, 2], first nibble first."""
+def _levels8(words, S: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, ASM: tl.constexpr, OPERAND: tl.constexpr):
+    """Levels of the code at bit S of each nibble: int32 [...] -> OPERAND [..., 2, 2, 2], digits of the nibble's number.
+
+    With ASM they are in units of `level_unit`, else whole.
+    """
     if ASM is not None:
         x0, x1, x2, x3, x4, x5, x6, x7 = tl.inline_asm_elementwise(
-            ASM, "=h,=h,=h,=h,=h,=h,=h,=h,r", [nibbles],
+            ASM[S], "=h,=h,=h,=h,=h,=h,=h,=h,r", [words],
             dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
             is_pure=True, pack=1,
         )  # fmt: skip
@@ -89,21 +92,20 @@ def _levels8(nibbles, BITS: tl.constexpr, LEVELS: tl.constexpr, ASM: tl.constexp
         else:
             y = x.to(OPERAND, bitcast=True)
     else:
+        if KEY and BITS > 1:
+            words ^= -2139062144  # 0x80808080, KEY_FLIP
         x = tl.join(
-            tl.join(tl.join(nibbles, nibbles >> 16), tl.join(nibbles >> 8, nibbles >> 24)),
-            tl.join(tl.join(nibbles >> 4, nibbles >> 20), tl.join(nibbles >> 12, nibbles >> 28)),
+            tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24)),
+            tl.join(tl.join(words >> 4, words >> 20), tl.join(words >> 12, words >> 28)),
         )
-        x = x & ((1 << BITS) - 1)
-        y = tl.full(x.shape, LEVELS[0], tl.float32)
-        for i in tl.static_range(1, len(LEVELS)):
-            y = tl.where(x == i, LEVELS[i], y)
-        y = y.to(OPERAND)
+        x = (x >> S) & ((1 << BITS) - 1)
+        y = (x.to(tl.float32) - ((1 << BITS) - 1) * 0.5).to(OPERAND)
     return y
 
 
 @triton.jit
 def _plane(words, tile_stride, tile, ok, w, group, G: tl.constexpr):
-    """Words of plane w, int32 [TILES, 32 lanes, len(group)]; group [1, 1, groups] or [1, 32, groups]."""
+    """Words of plane w, int32 [TILES, 32 lanes, len(group)]; group [1, 1, groups]."""
     lane = tl.arange(0, 32)[None, :, None]
     at = words + tile[:, None, None] * tile_stride + (w * 32 + lane) * G + group
     return tl.load(at, mask=ok[:, None, None] & (group < G), other=0)
@@ -112,9 +114,9 @@ def _plane(words, tile_stride, tile, ok, w, group, G: tl.constexpr):
 @triton.jit
 def _unpack(
     words, tile_stride, tile, ok, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr,
-    LEVELS: tl.constexpr, ASM: tl.constexpr, OPERAND: tl.constexpr,
+    ASM: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Grid values of whole tiles from layout v1; tile int64 [TILES].
+    """Levels of whole tiles from layout v2 (packing.py), in units of `level_unit`; tile int64 [TILES].
 
     Keys: OPERAND [TILES * 32 tokens, DP].  Values: OPERAND [DP, TILES * 32 tokens], the order their words hold.
     """
@@ -122,70 +124,48 @@ def _unpack(
     R: tl.constexpr = DP // 32
     G: tl.constexpr = D // 32
     if BITS == 8:
-        p = tl.arange(0, 8 * R)
-        if KEY:  # position (i, j) of layout v1, j < D / 16, is padded here to j < DP / 16
-            source = p // (2 * R) * (2 * G) + p % (2 * R)
-            beyond = p % (2 * R) >= 2 * G
-        else:
-            source = p
-            beyond = p >= 8 * G
-        source = tl.where(beyond, 8 * G, source)[None, None, :]
-        w = _plane(words, tile_stride, tile, ok, source % 8, source // 8, G)
+        p = tl.arange(0, 8 * R)[None, None, :]
+        w = _plane(words, tile_stride, tile, ok, p % 8, p // 8, G)
         x = tl.join(tl.join(w << 24, w << 8), tl.join(w << 16, w)) >> 24
-        x = tl.reshape(x.to(OPERAND), [TILES, 32, 8 * R, 4])
-    elif KEY and R != G:
-        p = tl.arange(0, 4 * R)
-        source = tl.where(p % R < G, p // R * G + p % R, 4 * G)[None, None, :]
-        s = source % 4
-        if BITS == 4:
-            nibbles = _plane(words, tile_stride, tile, ok, s, source // 4, G)
-        elif BITS == 3:
-            w0 = _plane(words, tile_stride, tile, ok, 0, source // 4, G)
-            w1 = _plane(words, tile_stride, tile, ok, 1, source // 4, G)
-            w2 = _plane(words, tile_stride, tile, ok, 2, source // 4, G)
-            spare = ((w0 >> 3) & 0x11111111) | ((w1 >> 2) & 0x22222222) | ((w2 >> 1) & 0x44444444)
-            nibbles = tl.where(s == 0, w0, tl.where(s == 1, w1, tl.where(s == 2, w2, spare))) & 0x77777777
-        elif BITS == 2:
-            nibbles = (_plane(words, tile_stride, tile, ok, s // 2, source // 4, G) >> (2 * (s % 2))) & 0x33333333
-        else:
-            nibbles = (_plane(words, tile_stride, tile, ok, 0, source // 4, G) >> s) & 0x11111111
-        x = _levels8(nibbles, BITS, LEVELS, ASM, OPERAND)
+        x = tl.reshape(x.to(OPERAND), [TILES, 8, 4, R, 2, 2, 2, 4])
+        if KEY:  # tile g t group i1 i0 jj byte -> tile i1 i0 g, group jj t byte
+            x = tl.permute(x, (0, 4, 5, 1, 3, 6, 2, 7))
+        else:  # tile g t group m1 m0 j0 (b1 b0) -> group m1 m0 g, tile j0 b1 t b0
+            x = tl.permute(tl.reshape(x, [TILES, 8, 4, R, 4, 2, 2, 2]), (3, 4, 1, 0, 5, 6, 2, 7))
     else:
         group = tl.arange(0, R)[None, None, :]
         w0 = _plane(words, tile_stride, tile, ok, 0, group, G)
         if BITS == 1:
-            s0 = w0 & 0x11111111
-            s1 = (w0 >> 1) & 0x11111111
-            s2 = (w0 >> 2) & 0x11111111
-            s3 = (w0 >> 3) & 0x11111111
+            s0 = _levels8(w0, 0, 1, KEY, ASM, OPERAND)
+            s1 = _levels8(w0, 1, 1, KEY, ASM, OPERAND)
+            s2 = _levels8(w0, 2, 1, KEY, ASM, OPERAND)
+            s3 = _levels8(w0, 3, 1, KEY, ASM, OPERAND)
         else:
             w1 = _plane(words, tile_stride, tile, ok, 1, group, G)
             if BITS == 2:
-                s0 = w0 & 0x33333333
-                s1 = (w0 >> 2) & 0x33333333
-                s2 = w1 & 0x33333333
-                s3 = (w1 >> 2) & 0x33333333
+                s0 = _levels8(w0, 0, 2, KEY, ASM, OPERAND)
+                s1 = _levels8(w0, 2, 2, KEY, ASM, OPERAND)
+                s2 = _levels8(w1, 0, 2, KEY, ASM, OPERAND)
+                s3 = _levels8(w1, 2, 2, KEY, ASM, OPERAND)
             else:
                 w2 = _plane(words, tile_stride, tile, ok, 2, group, G)
                 if BITS == 3:
-                    s0 = w0 & 0x77777777
-                    s1 = w1 & 0x77777777
-                    s2 = w2 & 0x77777777
-                    s3 = ((w0 >> 3) & 0x11111111) | ((w1 >> 2) & 0x22222222) | ((w2 >> 1) & 0x44444444)
+                    w3 = ((w0 & 0x11111111) << 3) | ((w1 & 0x11111111) << 2) | ((w2 & 0x11111111) << 1)
                 else:
-                    s0 = w0
-                    s1 = w1
-                    s2 = w2
-                    s3 = _plane(words, tile_stride, tile, ok, 3, group, G)
-        nibbles = tl.join(tl.join(s0, s2), tl.join(s1, s3))  # [TILES, 32, R, 2, 2]
-        x = _levels8(nibbles, BITS, LEVELS, ASM, OPERAND)
-    if KEY:  # tile g t i j byte -> tile i g, j t byte
-        x = tl.permute(tl.reshape(x, [TILES, 8, 4, 4, 2 * R, 4]), (0, 3, 1, 4, 2, 5))
-        x = tl.reshape(x, [TILES * 32, DP])
-    else:  # tile g t group s j0 b1 b0 -> group s g, tile j0 b1 t b0
-        x = tl.permute(tl.reshape(x, [TILES, 8, 4, R, 4, 2, 2, 2]), (3, 4, 1, 0, 5, 6, 2, 7))
-        x = tl.reshape(x, [DP, TILES * 32])
-    return x
+                    w3 = _plane(words, tile_stride, tile, ok, 3, group, G)
+                s0 = _levels8(w0, 4 - BITS, BITS, KEY, ASM, OPERAND)
+                s1 = _levels8(w1, 4 - BITS, BITS, KEY, ASM, OPERAND)
+                s2 = _levels8(w2, 4 - BITS, BITS, KEY, ASM, OPERAND)
+                s3 = _levels8(w3, 4 - BITS, BITS, KEY, ASM, OPERAND)
+        x = tl.join(tl.join(s0, s2), tl.join(s1, s3))  # tile lane group, nibble digits, s digits
+        x = tl.reshape(x, [TILES, 8, 4, R, 2, 2, 2, 2, 2])
+        if KEY:  # tile g t group byte1 byte0 i1 jj i0 -> tile i1 i0 g, group jj t byte
+            x = tl.permute(x, (0, 6, 8, 1, 3, 7, 2, 4, 5))
+        elif BITS >= 3:  # tile g t group b0 m0 m1 j0 b1 -> group m1 m0 g, tile j0 b1 t b0
+            x = tl.permute(x, (3, 6, 5, 1, 0, 7, 8, 2, 4))
+        else:  # tile g t group b0 b1 m1 j0 m0 -> group m1 m0 g, tile j0 b1 t b0
+            x = tl.permute(x, (3, 6, 8, 1, 0, 7, 5, 2, 4))
+    return tl.reshape(x, [TILES * 32, DP] if KEY else [DP, TILES * 32])
 
 
 @triton.jit
@@ -223,7 +203,7 @@ def _packed_block(
     q, row_factor, row_bias, first, end, k_words, k_scales, v_words, v_scales, kw_st, ks_st, vw_st, vs_st,
     softcap, m, z, acc,
     D: tl.constexpr, DP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
-    K_LEVELS: tl.constexpr, V_LEVELS: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr,
+    K_ASM: tl.constexpr, V_ASM: tl.constexpr,
     CAP: tl.constexpr, TILES: tl.constexpr, V_OPERAND: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """TILES tiles from token `first` on; MASKED: those at `end` and later are hidden."""
@@ -237,14 +217,14 @@ def _packed_block(
     at = tl.where(index < TILES * 32, k_at, v_scales + token // 32 * vs_st + token % 32)
     both = tl.load(at, mask=token < end, other=0.0).to(tl.float32)
     k_scale, v_scale = tl.split(tl.trans(tl.reshape(both, [2, TILES * 32])))
-    k = _unpack(k_words, kw_st, tile, tile_ok, D, DP, K_BITS, True, K_LEVELS, K_ASM, q.dtype)
+    k = _unpack(k_words, kw_st, tile, tile_ok, D, DP, K_BITS, True, K_ASM, q.dtype)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * row_factor[:, None] * k_scale[None, :]
     s += row_bias[:, None]
     if CAP:
         s = _cap(s, softcap, CAP)
     if MASKED:
         s = tl.where(live[None, :], s, float("-inf"))
-    v = _unpack(v_words, vw_st, tile, tile_ok, D, DP, V_BITS, False, V_LEVELS, V_ASM, V_OPERAND)
+    v = _unpack(v_words, vw_st, tile, tile_ok, D, DP, V_BITS, False, V_ASM, V_OPERAND)
     return _accumulate(s, tl.trans(v), v_scale, m, z, acc, PRECISION)
 
 
@@ -254,7 +234,7 @@ def packed_kernel(
     kw_sb, kw_sh, kw_st, ks_sb, ks_sh, ks_st, vw_sb, vw_sh, vw_st, vs_sb, vs_sh, vs_st,
     heads, group, q_len, capacity, sinks, window, scale, k_factor, v_factor, softcap,
     D: tl.constexpr, DP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
-    K_LEVELS: tl.constexpr, V_LEVELS: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr,
+    K_ASM: tl.constexpr, V_ASM: tl.constexpr,
     CAP: tl.constexpr, M: tl.constexpr, TILES: tl.constexpr, V_OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial attention over a share of the packed tiles, in the maps' coordinates.
@@ -292,13 +272,13 @@ def packed_kernel(
         m, z, acc = _packed_block(
             q, row_factor, row_bias, first, end, k_words, k_scales, v_words, v_scales, kw_st, ks_st, vw_st, vs_st,
             softcap, m, z, acc,
-            D, DP, K_BITS, V_BITS, K_LEVELS, V_LEVELS, K_ASM, V_ASM, CAP, TILES, V_OPERAND, PRECISION, False,
+            D, DP, K_BITS, V_BITS, K_ASM, V_ASM, CAP, TILES, V_OPERAND, PRECISION, False,
         )  # fmt: skip
     if full < end:
         m, z, acc = _packed_block(
             q, row_factor, row_bias, full, end, k_words, k_scales, v_words, v_scales, kw_st, ks_st, vw_st, vs_st,
             softcap, m, z, acc,
-            D, DP, K_BITS, V_BITS, K_LEVELS, V_LEVELS, K_ASM, V_ASM, CAP, TILES, V_OPERAND, PRECISION, True,
+            D, DP, K_BITS, V_BITS, K_ASM, V_ASM, CAP, TILES, V_OPERAND, PRECISION, True,
         )  # fmt: skip
     at += tl.program_id(2).to(tl.int64) * tl.num_programs(1) * group * q_len
     _store_partial(out, lse, at, ok, m, z, acc * v_factor, D, DP)
@@ -442,7 +422,7 @@ def merge_kernel(
             part = tl.load(o_packed + (s * split + at)[:, None] * D + chunk[None, :], mask=ok_chunk, other=0.0)
             x += part * weight[:, None]
         x_high, x_low = _split(x, OPERAND)
-        m_high, m_low = _split_map(_load_map(output_map + h * D * D, first, D, DP, KC), 1.0, 1.0, OPERAND)
+        m_high, m_low = _split_map(_load_map(output_map + h * D * D, first, dims, D, KC), 1.0, 1.0, OPERAND)
         o = tl.dot(x_low, m_high, o, input_precision="ieee")
         o = tl.dot(x_high, m_low, o, input_precision="ieee")
         o = tl.dot(x_high, m_high, o, input_precision="ieee")
@@ -451,43 +431,60 @@ def merge_kernel(
     tl.store(out + at[:, None] * D + dims[None, :], o.to(out.dtype.element_ty), mask=inside)
 
 
-def grid_values(book) -> tuple[float, ...]:
-    """Levels times unit, indexed by code: small numbers exact in fp16 and bf16.  Empty at 8 bits (the code itself)."""
-    return () if book.bits == 8 else tuple(x * book.unit for x in book.levels)
+def level_unit(bits: int, dtype: torch.dtype, asm: bool) -> float:
+    """What `_unpack` gives for one level step (at 8 bits: the code itself is given, a level is 1 / 127 of it)."""
+    if bits == 8:
+        return 127.0
+    return 2.0 ** -_SHRINK[_half(dtype)] if asm else 1.0
 
 
-def lookup_asm(book, dtype: torch.dtype) -> str | None:
-    """PTX that turns a word of eight nibbles into eight 16-bit floats with byte permutes; None at 8 bits.
+# A field is read as a subnormal number and made normal by one multiply-add, whose factor must fit the type.
+_SHRINK = {torch.float16: 9, torch.bfloat16: 6}
 
-    Eight table entries (the magnitudes at 4 bits) lie in two registers of high bytes and two of low bytes, and each
-    nibble is itself a selector.
-    """
-    return None if book.bits == 8 else _lookup_asm(book.bits, grid_values(book), dtype)
+
+def _half(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit type levels are made in: float32 operands are converted from fp16."""
+    return torch.float16 if dtype == torch.float32 else dtype
 
 
 @lru_cache
-def _lookup_asm(bits: int, values: tuple[float, ...], dtype: torch.dtype) -> str:
-    dtype = torch.float16 if dtype == torch.float32 else dtype
-    entries = (torch.tensor(values[:8], dtype=torch.float64).to(dtype).view(torch.int16) & 0xFFFF).tolist()
-    entries += [0] * (8 - len(entries))
+def levels_asm(bits: int, key: bool, dtype: torch.dtype) -> tuple[str | None, ...] | None:
+    """PTX that turns a word into eight levels, for the field at bit s of its nibbles; None at 8 bits.
 
-    def half(shift: int, first: int) -> str:
-        return hex(sum((((e & 0xFFFF) >> shift) & 0xFF) << (8 * n) for n, e in enumerate(entries[first : first + 4])))
+    Two fields at once: (word & mask) ^ flip is a pair of subnormal numbers code * 2**(s - 24) in fp16 (2**(s - 133) in
+    bf16), also where a field ends in the lowest exponent bit; one multiply-add makes them code - (2**bits - 1) / 2 in
+    units of `level_unit`.  Pairs are neighbours in the operand: bytes of keys, nibbles n and n + 4 of values.
+    """
+    if bits == 8:
+        return None
+    kind, smallest = ("f16x2", 24) if _half(dtype) == torch.float16 else ("bf16x2", 133)
+    starts = {1: (0, 1, 2, 3), 2: (0, 2), 3: (1,), 4: (0,)}[bits]
+    return tuple(_field_asm(bits, key, s, _half(dtype), kind, smallest) if s in starts else None for s in range(4))
 
-    lines = [".reg .b32 n, g, h, l, a, b;"]
-    if bits == 4:
-        lines += ["and.b32 n, $8, 0x77777777;", "shr.u32 g, $8, 3;", "and.b32 g, g, 0x11111111;"]
-    else:
-        lines += ["mov.b32 n, $8;"]
-    for part in (0, 4):
-        if part:
-            lines += ["shr.u32 n, n, 16;"]
-        lines += [f"prmt.b32 h, {half(8, 0)}, {half(8, 4)}, n;", f"prmt.b32 l, {half(0, 0)}, {half(0, 4)}, n;"]
-        if bits == 4:
-            lines += ["shr.u32 g, g, 16;"] if part else []
-            lines += ["prmt.b32 a, 0x8000, 0, g;", "or.b32 h, h, a;"]
-        lines += ["prmt.b32 a, l, h, 0x5140;", "prmt.b32 b, l, h, 0x7362;"]
-        lines += [f"mov.b32 {{${part}, ${part + 1}}}, a;", f"mov.b32 {{${part + 2}, ${part + 3}}}, b;"]
+
+def _field_asm(bits: int, key: bool, start: int, dtype: torch.dtype, kind: str, smallest: int) -> str:
+    shrink = _SHRINK[dtype]
+
+    def pair(value: float) -> str:
+        half = int(torch.tensor(value, dtype=torch.float64).to(dtype).view(torch.int16)) & 0xFFFF
+        return f"{half << 16 | half:#010x}"
+
+    lines = [".reg .b32 w, x, m, c;", f"mov.b32 c, {pair(-((1 << bits) - 1) / 2 * 2.0**-shrink)};"]
+    for part in (0, 1):
+        if key:  # bytes 2 part and 2 part + 1 to the low byte of each half
+            lines += [f"prmt.b32 w, $8, 0, {0x4342 if part else 0x4140:#06x};"]
+        else:
+            lines += ["shr.u32 w, $8, 8;" if part else "mov.b32 w, $8;"]
+        for high in (0, 1):
+            mask = ((1 << bits) - 1) << (start + 4 * high)
+            # KEY_FLIP inverts bit 7 of every byte of keys (packing.py).
+            flip = mask & 0x80 if key and bits > 1 else 0
+            lines += [f"and.b32 x, w, {mask << 16 | mask:#010x};"]
+            lines += [f"xor.b32 x, x, {flip << 16 | flip:#010x};"] if flip else []
+            lines += [f"mov.b32 m, {pair(2.0 ** (smallest - shrink - start - 4 * high))};"]
+            lines += [f"fma.rn.{kind} x, x, m, c;"]
+            first, second = (4 * part + high, 4 * part + high + 2) if key else (2 * part + high, 2 * part + high + 4)
+            lines += [f"mov.b32 {{${first}, ${second}}}, x;"]
     return "{ " + " ".join(lines) + " }"
 
 
@@ -529,7 +526,7 @@ def extend_attention(
 ) -> torch.Tensor:  # fmt: skip
     """Attention of q [B, Hq, q_len, D] over a packed cache of `length` tokens and causally over k_new, v_new.
 
-    Arguments and result are those of `reference.attention`; `key_book` and `value_book` have fields bits, levels, unit.
+    Arguments and result are those of `reference.attention`; `key_book` and `value_book` have a field bits.
 
     Raises:
         ValueError: strides that a kernel cannot follow.
@@ -544,6 +541,7 @@ def extend_attention(
     interpreted = triton.knobs.runtime.interpret
     k_type, v_type, exact_type = operands(q.dtype, interpreted)
     asm = not interpreted and torch.version.hip is None
+    k_bits, v_bits = key_book.bits, value_book.bits
     precision = "tf32x3" if q.dtype == torch.float32 and not interpreted else "ieee"
     split_operand = tl.float32 if interpreted else tl.bfloat16
     padded = _padded(dim)
@@ -570,11 +568,11 @@ def extend_attention(
     packed_kernel[(blocks, batch * heads, splits)](
         rotated, unit, bias, k_words, k_scales, v_words, v_scales, o_packed, lse_packed, length, start,
         *k_words.stride()[:3], *k_scales.stride()[:3], *v_words.stride()[:3], *v_scales.stride()[:3],
-        heads, group, q_len, capacity, sinks, window, scale, 1 / key_book.unit if key_book.bits < 8 else 1 / 127,
-        1 / value_book.unit if value_book.bits < 8 else 1 / 127, softcap,
-        D=dim, DP=padded, K_BITS=key_book.bits, V_BITS=value_book.bits,
-        K_LEVELS=grid_values(key_book), V_LEVELS=grid_values(value_book),
-        K_ASM=lookup_asm(key_book, k_type) if asm else None, V_ASM=lookup_asm(value_book, v_type) if asm else None,
+        heads, group, q_len, capacity, sinks, window, scale, 1 / level_unit(k_bits, k_type, asm),
+        1 / level_unit(v_bits, v_type, asm), softcap,
+        D=dim, DP=padded, K_BITS=k_bits, V_BITS=v_bits,
+        K_ASM=levels_asm(k_bits, True, k_type) if asm else None,
+        V_ASM=levels_asm(v_bits, False, v_type) if asm else None,
         CAP=softcap > 0, V_OPERAND=_TL[v_type], PRECISION=precision, **options["packed"],
     )  # fmt: skip
 

@@ -65,7 +65,7 @@ def _encode_cuda(x, map, shift, bits, role, *, impl="auto"):
         return reference.encode(x, map, shift, bits, role)
     from tq_ao.kernels import encode as kernel
 
-    return kernel.encode(x, map, shift, codebook(bits))
+    return kernel.encode(x, map, shift, codebook(bits), role)
 
 
 def _encode_fake(x, map, shift, bits, role, *, impl="auto"):

@@ -89,7 +89,7 @@ def error(case: Case, args: dict, run: Callable[..., torch.Tensor], impl: str) -
     """Largest relative error of a row and head against float64."""
     exact = dict(args, q=args["q"].double())
     expected = reference.attention(**exact, dtype=torch.float64)
-    books = {"key_book": codebook(case.k_bits, "key"), "value_book": codebook(case.v_bits, "value")}
+    books = {"key_book": codebook(case.k_bits), "value_book": codebook(case.v_bits)}
     out = run(**to(args, DEVICE), **books, impl=impl)
     assert out.dtype == args["q"].dtype and out.shape == args["q"].shape
     difference = (out.cpu().double() - expected).norm(dim=-1)
@@ -174,7 +174,7 @@ def test_errors(rng: torch.Generator) -> None:
     from tq_ao.kernels.decode_attention import decode_attention
 
     case = Case()
-    args = make(case, rng) | {"key_book": codebook(3, "key"), "value_book": codebook(3, "value")}
+    args = make(case, rng) | {"key_book": codebook(3), "value_book": codebook(3)}
     with pytest.raises(ValueError, match="one query token"):
         decode_attention(**args | {"q": args["q"].expand(-1, -1, 2, -1)})
     with pytest.raises(ValueError, match="expected impl"):

@@ -41,7 +41,7 @@ def test_encode_equals_the_reference(bits: int, dim: int, role: str, rng: torch.
     dtype = random.Random(seed + bits + dim).choice([torch.float32, torch.float16, torch.bfloat16])
     maps = layer_state.maps(2, dim, rng).to(DEVICE)
     x = layer_state.tokens(2, 2, 75, dim, rng, dtype).to(DEVICE)
-    got = triton_encode.encode(x, maps.key, maps.key_shift, codebook(bits, role))
+    got = triton_encode.encode(x, maps.key, maps.key_shift, codebook(bits), role)
     want = reference.encode(x, maps.key, maps.key_shift, bits, role)
     assert [t.shape for t in got] == [t.shape for t in want]
     assert_same_tiles(got, want, dim, role)
@@ -52,7 +52,7 @@ def test_a_hadamard_map_needs_no_remainder(dim: int, rng: torch.Generator, seed:
     map = rotations("hadamard", 1, dim, seed).to(DEVICE)
     x = layer_state.tokens(1, 1, 40, dim, rng, torch.bfloat16).to(DEVICE)
     shift = torch.zeros(1, dim, device=DEVICE)
-    got = triton_encode.encode(x, map, shift, codebook(4, "value"))
+    got = triton_encode.encode(x, map, shift, codebook(4), "value")
     assert_same_tiles(got, reference.encode(x, map, shift, 4, "value"), dim, "value", 2e-4)
 
 
@@ -64,7 +64,7 @@ def test_zero_and_broken_vectors(bits: int) -> None:
     x[0, 0, 2, 0] = torch.nan
     x[0, 0, 3] = 1e30
     map = rotations("dense", 1, dim, 0).to(DEVICE)
-    _, scales = triton_encode.encode(x, map, torch.zeros(1, dim, device=DEVICE), codebook(bits, "key"))
+    _, scales = triton_encode.encode(x, map, torch.zeros(1, dim, device=DEVICE), codebook(bits), "key")
     scales = scales.flatten()
     assert scales[0] == 0
     assert scales[1] > 0
@@ -117,8 +117,8 @@ def test_append_equals_the_reference(
         start,
         maps,
         window,
-        codebook(k_bits, "key"),
-        codebook(v_bits, "value"),
+        codebook(k_bits),
+        codebook(v_bits),
     )
     run_append(reference.append_, want, k, v, chunks, start, maps, window)
     for a, b in zip(got[4:], want[4:], strict=True):
@@ -139,9 +139,7 @@ def test_tiles_beyond_the_buffer_are_dropped(rng: torch.Generator) -> None:
     start = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     for chunks in ([200], [150, 20, 30]):
         for target in (state, view):
-            run_append(
-                triton_encode.append_, target, k, k, chunks, start, maps, 32, codebook(3, "key"), codebook(4, "value")
-            )
+            run_append(triton_encode.append_, target, k, k, chunks, start, maps, 32, codebook(3), codebook(4))
         assert whole[1][:, :, 3:].isnan().all()
         assert (whole[0][:, :, 3:] == 0xFF).all()
 
@@ -149,7 +147,7 @@ def test_tiles_beyond_the_buffer_are_dropped(rng: torch.Generator) -> None:
 def test_errors_say_what_to_do(rng: torch.Generator) -> None:
     maps = layer_state.maps(2, 64, rng)
     k = layer_state.tokens(2, 2, 3, 64, rng)
-    books = codebook(3, "key"), codebook(4, "value")
+    books = codebook(3), codebook(4)
     place = torch.tensor(0), torch.tensor([0, 0]), maps.key, maps.key_shift, maps.value, maps.value_shift
     with pytest.raises(ValueError, match="ring of at least window \\+ 64 = 96 slots, got 80"):
         triton_encode.append_(*layer_state.empty_cache(capacity=80), k, k, *place, 32, *books)
@@ -169,7 +167,7 @@ def test_append_in_a_cuda_graph_follows_the_length_on_the_device(cuda: torch.dev
     read = maps.key, maps.key_shift, maps.value, maps.value_shift, 32
 
     def step() -> None:
-        triton_encode.append_(*got, k, v, length, start, *read, codebook(3, "key"), codebook(4, "value"))
+        triton_encode.append_(*got, k, v, length, start, *read, codebook(3), codebook(4))
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -190,6 +188,6 @@ def test_offsets_beyond_two_to_the_31(cuda: torch.device) -> None:
     n = 2_200_000
     x = torch.empty(1, 8, n, 128, dtype=torch.bfloat16, device=cuda).normal_()
     map, shift = rotations("hadamard", 8, 128, 3).to(cuda), torch.zeros(8, 128, device=cuda)
-    codes, scales = triton_encode.encode(x, map, shift, codebook(3, "key"))
+    codes, scales = triton_encode.encode(x, map, shift, codebook(3), "key")
     want = reference.encode(x[:, :, -64:], map, shift, 3, "key")
     assert_same_tiles((codes[:, :, -2:], scales[:, :, -2:]), want, 128, "key")

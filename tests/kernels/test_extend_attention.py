@@ -1,11 +1,13 @@
 """Extend attention against the float64 reference on the same cache: interpreter without a GPU, on it with one."""
 
+import re
+
 import layer_state
 import pytest
 import torch
 
 from tq_ao import reference
-from tq_ao.codebook import BITS, ROLES, codebook
+from tq_ao.codebook import BITS, codebook
 
 extend = pytest.importorskip("tq_ao.kernels.extend_attention")  # triton exists on Linux only
 
@@ -39,7 +41,7 @@ def problem(
         new(heads * group, q_len), new(heads, q_len), new(heads, q_len), *state, torch.tensor(seen, device=DEVICE),
         start, maps.query, maps.key_shift, maps.output, maps.value_shift, WINDOW, dim**-0.5, softcap, sink_logits,
     )  # fmt: skip
-    return args, (codebook(k_bits, "key"), codebook(v_bits, "value"))
+    return args, (codebook(k_bits), codebook(v_bits))
 
 
 def check(args: tuple, books: tuple) -> None:
@@ -93,22 +95,48 @@ def test_everything_packed_without_a_ring(rng: torch.Generator) -> None:
     check((*args[:3], *state, *args[11:17], 0, *args[18:]), books)
 
 
-@pytest.mark.parametrize("role", ROLES)
+def run_ptx(asm: str, word: int, dtype: torch.dtype) -> list[float]:
+    """The eight results of a `levels_asm` string, computed instruction by instruction; halves are numbers of dtype."""
+    registers: dict[str, int] = {"$8": word}
+    out = [0.0] * 8
+
+    def value(name: str) -> int:
+        return registers[name] if name in registers else int(name, 0)
+
+    def halves(x: int) -> torch.Tensor:
+        return torch.tensor([x & 0xFFFF, x >> 16], dtype=torch.int32).to(torch.int16).view(dtype).double()
+
+    for op, where, args in re.findall(r"(\S+) (\w+|{[^}]*}), (.*?);", asm.removeprefix("{ .reg .b32 w, x, m, c;")):
+        names = args.split(", ")
+        if where.startswith("{"):
+            for name, x in zip(where.strip("{}").split(", "), halves(value(names[0])), strict=True):
+                out[int(name[1:])] = float(x)
+        elif op == "prmt.b32":
+            source = value(names[0]) | value(names[1]) << 32
+            selectors = [value(names[2]) >> 4 * n & 7 for n in range(4)]
+            registers[where] = sum((source >> 8 * s & 0xFF) << 8 * n for n, s in enumerate(selectors))
+        elif op.startswith("fma.rn"):
+            x, m, c = (halves(value(name)) for name in names)
+            low, high = ((x * m + c).to(dtype).view(torch.int16).int() & 0xFFFF).tolist()
+            registers[where] = low | high << 16
+        else:
+            x, *rest = (value(name) for name in names)
+            y = rest[0] if rest else 0
+            registers[where] = {"mov.b32": x, "shr.u32": x >> y, "and.b32": x & y, "xor.b32": x ^ y}[op]
+    return out
+
+
+@pytest.mark.parametrize("key", [True, False])
 @pytest.mark.parametrize("bits", [b for b in BITS if b < 8])
-def test_lookup_tables_hold_the_grid_values(bits: int, role: str) -> None:
-    """The byte permutes of the PTX, done here on its constants, give the levels times the unit."""
-    book = codebook(bits, role)
+def test_ptx_gives_levels(bits: int, key: bool, rng: torch.Generator) -> None:
+    """Every field of random words, as `_unpack` reads them: bit s of nibble n, the highest one of keys inverted."""
     for dtype in (torch.float16, torch.bfloat16):
-        words = [
-            int(x, 16) for x in extend.lookup_asm(book, dtype).split() for x in [x.strip(",;")] if x.startswith("0x")
-        ]
-        tables = words[2:] if bits == 4 else words
-        high, low = (tables[0] | tables[1] << 32), (tables[2] | tables[3] << 32)
-        count = min(8, 1 << bits)
-        entries = [(((high >> 8 * i) & 0xFF) << 8) | ((low >> 8 * i) & 0xFF) for i in range(count)]
-        got = torch.tensor(entries, dtype=torch.int32).to(torch.int16).view(dtype)
-        want = torch.tensor(extend.grid_values(book)[:count], dtype=torch.float64)
-        assert torch.allclose(got.double(), want, rtol=1e-12, atol=0)
+        unit = extend.level_unit(bits, dtype, True)
+        for start, asm in enumerate(extend.levels_asm(bits, key, dtype)):
+            for word in torch.randint(2**32, (20,), generator=rng).tolist() if asm else []:
+                plain = word ^ 0x80808080 if key and bits > 1 else word
+                codes = [plain >> (4 * n + start) & ((1 << bits) - 1) for n in range(8)]
+                assert run_ptx(asm, word, dtype) == [codebook(bits).levels[c] * unit for c in codes]
 
 
 def test_strides_a_kernel_cannot_follow_are_refused(rng: torch.Generator) -> None:

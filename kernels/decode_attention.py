@@ -16,10 +16,12 @@ import triton
 
 from .combine import combine_kernel
 from .decode_portable import portable_splits_kernel
+from .encode import _operand
 from .query import prepare_kernel
 
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 512
+MIN_STEPS = 4  # softmax steps that are worth a program and a partial result
 TILE = 32
 CHUNK = 64
 
@@ -28,10 +30,6 @@ class Codebook(Protocol):
     """What the kernels need of tq_ao.codebook.Codebook."""
 
     bits: int
-    table: tuple[int, ...]
-    unit: float
-    offset: float
-    levels: tuple[float, ...]
 
 
 def _gluon_obstacle(device: torch.device) -> str | None:
@@ -39,29 +37,12 @@ def _gluon_obstacle(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
     major, minor = torch.cuda.get_device_capability(device)
-    return None if (major, minor) >= (8, 9) else f"it needs compute capability 8.9, this GPU has {major}.{minor}"
+    return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
 
 
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@lru_cache
-def table_words(bits: int, table: tuple[int, ...]) -> tuple[int, int]:
-    """The 8-byte look-up table of a codebook as two signed 32-bit words; short tables are repeated."""
-    if bits == 8:
-        return 0, 0
-    eight = (list(table) * 8)[:8]
-    low, high = (int.from_bytes(bytes(part), "little") for part in (eight[:4], eight[4:]))
-    return tuple(w - (1 << 32) if w >> 31 else w for w in (low, high))  # type: ignore[return-value]
-
-
-@lru_cache
-def grid_levels(book: Codebook, device: torch.device) -> torch.Tensor:
-    """The levels of a codebook in grid units, which fp16 holds exactly: float16 [2 ** bits]."""
-    grid = [level * book.unit for level in book.levels]
-    return torch.tensor(grid, dtype=torch.float16, device=device)
 
 
 def _tiled(name: str, x: torch.Tensor, inner: tuple[int, ...]) -> tuple[int, int]:
@@ -100,6 +81,34 @@ def configure(head_dim: int, head_tiles: int, k_bits: int, v_bits: int) -> Confi
     return Config(together, tiles=2, stages=2, registers=168, resident=12)
 
 
+class MergeConfig(NamedTuple):
+    """How `combine_kernel` is launched.
+
+    Output columns and queries to a program, partial results at a time, warps, register cap.
+    """
+
+    columns: int
+    rows: int
+    slots: int
+    warps: int
+    registers: int
+
+
+def merge_config(head_dim: int, rows: int, splits: int, multiprocessors: int) -> MergeConfig:
+    """The launch of the merge for `rows` = B * Hq queries.
+
+    All programs should run at once, or they run after one another: four of four warps to a multiprocessor, two of
+    eight where vectors are long.  Few programs take more partial results at a time.
+    """
+    wide = head_dim > 128
+    columns = min(64, triton.next_power_of_2(head_dim))
+    programs = rows * triton.cdiv(head_dim, columns)
+    queries = min(16, triton.next_power_of_2(triton.cdiv(programs, (2 if wide else 4) * multiprocessors)))
+    if programs <= multiprocessors and splits > 32 and not wide:
+        return MergeConfig(columns, 1, slots=128, warps=16, registers=128)
+    return MergeConfig(columns, queries, slots=32, warps=8 if wide else 4, registers=128)
+
+
 def _readable_by_gluon(*exact: torch.Tensor) -> bool:
     """Whether tensors of exact tokens have one 16-bit dtype and rows on 16-byte boundaries."""
     return all(
@@ -109,10 +118,19 @@ def _readable_by_gluon(*exact: torch.Tensor) -> bool:
     )  # fmt: skip
 
 
-def split_count(programs: int, tiles: int, slots: int, tiles_per_step: int) -> int:
-    """How many splits fill `slots` with `programs` programs each, at least four steps to a split."""
-    most = max(1, triton.cdiv(tiles, 4 * tiles_per_step))
-    return max(1, min(slots // programs, most, MAX_SPLITS))
+def plan(programs: int, tiles: int, exact_tokens: int, slots: int, tiles_per_step: int) -> tuple[int, int, int]:
+    """How the work of a (row, KV head, head tile) is shared among `slots / programs` programs that run at once.
+
+    Returns:
+        Splits of the packed tiles, exact tokens to a chunk, and programs in front of the splits that only attend to a
+        chunk: one for each where there is room, else 0, and every split takes an equal share of the exact tokens.
+    """
+    room = max(1, slots // programs)
+    splits = max(1, min(room, triton.cdiv(tiles, MIN_STEPS * tiles_per_step), MAX_SPLITS))
+    before = triton.cdiv(exact_tokens, TILE)
+    if room >= splits + before or room >= 4 * before:
+        return min(splits, room - before), TILE, before
+    return splits, TILE * triton.cdiv(exact_tokens, TILE * splits), 0
 
 
 def decode_attention(
@@ -127,7 +145,7 @@ def decode_attention(
     Args:
         q: [B, Hq, 1, D] in bfloat16, float16 or float32.
         key_book, value_book: the codebooks of k_codes and v_codes.
-        impl: "gluon" (NVIDIA, compute capability 8.9 and newer), "triton" (portable), "auto": the first that runs.
+        impl: "gluon" (NVIDIA, compute capability 8.0 and newer), "triton" (portable), "auto": the first that runs.
 
     Returns:
         [B, Hq, 1, D] in q's dtype.
@@ -167,73 +185,69 @@ def decode_attention(
     sinks, capacity = k_sinks.shape[2], k_recent.shape[2]
     config = configure(dim, head_tiles, key_book.bits, value_book.bits)
     programs = batch * heads * triton.cdiv(head_tiles, config.head_tiles)
-    splits = split_count(programs, tiles, _multiprocessors(device) * config.resident, config.tiles)
-
-    f32 = torch.float32
-    rows = batch * q_heads
-    if use_gluon:
-        rotated = torch.empty(batch * heads * head_tiles * 16 * dim, dtype=torch.int8, device=device)
-    else:
-        rotated = torch.empty(rows * dim, dtype=f32, device=device)
-    meta = torch.empty(batch * heads * head_tiles * 32, dtype=f32, device=device)
     # The Gluon kernel attends to a 16-bit window itself, at the same time as to the packed tiles.
     separate = not use_gluon or not _readable_by_gluon(k_sinks, v_sinks, k_recent, v_recent)
     # Exact tokens a row can have: the sinks, the window, and what waits for its tile to fill.
     exact_tokens = max(1, sinks + (min(window + TILE, capacity) if capacity else 0))
-    # Each split program takes an equal share of them.
-    chunk = CHUNK if separate else TILE * triton.cdiv(exact_tokens, TILE * splits)
+    slots = _multiprocessors(device) * config.resident
+    splits, chunk, before = plan(programs, tiles, exact_tokens, slots, config.tiles)
+    if separate:
+        chunk, before = CHUNK, 0
     chunks = triton.cdiv(exact_tokens, chunk)
+
+    f32 = torch.float32
+    rows = batch * q_heads
+    rotated = torch.empty(rows * dim, dtype=f32, device=device)
+    bias = torch.empty(rows, dtype=f32, device=device)
     exact_o = torch.empty(rows * chunks * dim, dtype=f32, device=device)
     exact_ml = torch.empty(2 * rows * chunks, dtype=f32, device=device)
-    merged = torch.empty(2 * rows * dim, dtype=f32, device=device)
     split_o = torch.empty(rows * splits * dim, dtype=f32, device=device)
     split_ml = torch.empty(2 * rows * splits, dtype=f32, device=device)
     out = torch.empty(batch, q_heads, 1, dim, dtype=q.dtype, device=device)
 
     # Programmatic dependent launch: each launch starts while the one before it ends.
     pdl = use_gluon and torch.cuda.get_device_capability(device) >= (9, 0)
-    kc = dim if dim <= 128 and not separate and dim == padded else 32
     half_precision = q.dtype.itemsize == 2 and k_recent.dtype.itemsize == 2
     exact_programs = batch * heads * triton.cdiv(group, 16) * chunks if separate else 0
-    prepare_kernel[(heads * triton.cdiv(batch * group, 16) + exact_programs,)](
-        q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, meta, exact_o, exact_ml,
+    unit = 127.0 if key_book.bits == 8 else 1.0
+    columns = 32
+    prepare_kernel[(heads * triton.cdiv(batch * group, 16) * (dim // columns) + exact_programs,)](
+        q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, exact_o, exact_ml,
         q.stride(0), q.stride(1), *sink_strides, *recent_strides, batch, heads, sinks, window, capacity, chunks, factor,
-        1.0 / key_book.unit, cap, *table_words(key_book.bits, key_book.table),
-        *table_words(value_book.bits, value_book.table), K_HALF=key_book.offset,
-        G=group, D=dim, DP=padded, KC=kc, SPLIT_INT8=use_gluon, SOFTCAP=softcap > 0, EXACT=separate, CHUNK=CHUNK,
-        PRECISION="tf32" if half_precision else "tf32x3", PDL=pdl, num_warps=8,
+        1.0 / unit, cap, G=group, D=dim, DP=padded, COLUMNS=columns, SOFTCAP=softcap > 0, EXACT=separate, CHUNK=CHUNK,
+        PRECISION="tf32" if half_precision else "tf32x3", PDL=pdl, num_warps=8 if separate else 4,
     )  # fmt: skip
     if use_gluon:
         from .decode_gluon import gluon_splits_kernel
-        from .fragments import unpack_asm, unpack_constraints
+        from .fragments import constraints, key_asm, value_asm
 
         here = 0 if separate else chunks
-        gluon_splits_kernel[(splits, batch * heads, triton.cdiv(head_tiles, config.head_tiles))](
-            rotated, meta, k_codes.view(torch.int8), k_scales, v_codes.view(torch.int8), v_scales,
+        gluon_splits_kernel[(splits + before, batch * heads, triton.cdiv(head_tiles, config.head_tiles))](
+            rotated, bias, k_codes.view(torch.int8), k_scales, v_codes.view(torch.int8), v_scales,
             q, k_sinks, v_sinks, k_recent, v_recent, length, start, split_o, split_ml, exact_o, exact_ml,
             *key_strides, *value_strides, q.stride(0), q.stride(1), *sink_strides, *recent_strides,
-            heads, sinks, window, capacity, splits, here, chunk, factor, cap, 1.0 / value_book.unit,
+            heads, sinks, window, capacity, splits, here, before, chunk, factor, cap,
             G=group, D=dim, K_BITS=key_book.bits, V_BITS=value_book.bits, HT=config.head_tiles,
             TILES=config.tiles, STAGES=config.stages, SOFTCAP=softcap > 0, PDL=pdl,
-            K_ASM=unpack_asm(key_book.bits, False), K_CONSTRAINTS=unpack_constraints(key_book.bits),
-            V_ASM=unpack_asm(value_book.bits, True), V_CONSTRAINTS=unpack_constraints(value_book.bits),
+            K_ASM=key_asm(key_book.bits), K_CONSTRAINTS=constraints(8, key_book.bits),
+            V_ASM=value_asm(value_book.bits), V_CONSTRAINTS=constraints(16, value_book.bits),
             num_warps=1, maxnreg=config.registers, launch_pdl=pdl,
         )  # fmt: skip
     else:
         k_strides = (key_strides[0] // 4, key_strides[1] // 4, *key_strides[2:])
         v_strides = (value_strides[0] // 4, value_strides[1] // 4, *value_strides[2:])
         portable_splits_kernel[(splits, batch * heads, triton.cdiv(group, 16))](
-            rotated, meta, k_codes.view(torch.int32), k_scales, v_codes.view(torch.int32), v_scales,
-            grid_levels(key_book, device), grid_levels(value_book, device), length, start, split_o, split_ml,
-            *k_strides, *v_strides, heads, sinks, window, capacity, splits, cap, 1.0 / value_book.unit,
+            rotated, bias, k_codes.view(torch.int32), k_scales, v_codes.view(torch.int32), v_scales,
+            length, start, split_o, split_ml, *k_strides, *v_strides, heads, sinks, window, capacity, splits, cap,
+            1 / 127 if value_book.bits == 8 else 1.0,
             G=group, D=dim, DP=padded,
             K_BITS=key_book.bits, V_BITS=value_book.bits, SOFTCAP=softcap > 0, num_warps=8, num_stages=1,
         )  # fmt: skip
-    # Few queries: one to a program and many splits at a time; many: enough programs for two to a multiprocessor.
-    per_program = min(16, max(1, triton.next_power_of_2(rows // (2 * _multiprocessors(device)))))
-    combine_kernel[(heads, triton.cdiv(batch * group, per_program))](
-        split_o, split_ml, exact_o, exact_ml, output_map, value_shift, sink_logits if sink_logits is not None else meta,
-        merged, out, batch, heads, splits, chunks, G=group, D=dim, DP=padded, R=per_program, SLOTS=32, KC=32,
-        HAS_SINK=sink_logits is not None, PDL=pdl, num_warps=8, **({"launch_pdl": True} if pdl else {}),
+    merge = merge_config(dim, rows, splits, _multiprocessors(device))
+    combine_kernel[(heads, triton.cdiv(batch * group, merge.rows), triton.cdiv(dim, merge.columns))](
+        split_o, split_ml, exact_o, exact_ml, output_map, value_shift, sink_logits if sink_logits is not None else bias,
+        out, batch, heads, splits, chunks, G=group, D=dim, DP=padded, COLUMNS=merge.columns, R=merge.rows,
+        SLOTS=merge.slots, MORE=max(splits, chunks) > merge.slots // merge.rows, HAS_SINK=sink_logits is not None,
+        OPERAND=_operand(), PDL=pdl, num_warps=merge.warps, **({"maxnreg": merge.registers, "launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out

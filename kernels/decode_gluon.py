@@ -6,16 +6,21 @@ Per step of TILES tiles (32 tokens each) of one KV head, for up to 8 HT query he
     m'  = max(m, max s)            p = 2 ** (s - m')
     O^T = O^T * 2 ** (m - m') + V^T (p |v|)^T        fp16 x fp16 -> float32 (m16n8k16)
 
-Grid: (splits, batch * KV heads, tiles of 8 HT query heads); split i < chunks also attends to chunk i of the exact
-tokens.  Block: one warp with its own online softmax, a ring of
-STAGES steps filled by cp.async.  Rows of different length split what they have: the grid only knows the capacity.
+K and V are bit fields of the packed words (fragments.py): levels times a power of two, counted from zero instead of
+from the middle level.  Scores start at what that adds; the output has (middle level) * sum(p |v|) taken off at the end,
+the sum from the same products (a row of ones in place of V).
+
+Grid: (splits + chunks before, batch * KV heads, tiles of 8 HT query heads).  Program i < chunks attends to chunk i of
+the exact tokens; program i >= `before` to split i - before of the packed ones.  `before` is 0 (the first programs do
+both) or `chunks`.  Block: one warp with its own online softmax, a ring of STAGES steps filled by cp.async.  Rows of
+different length split what they have: the grid only knows the capacity.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from .fragments import INT8_TO_FP16
+from .fragments import INT8_TO_FP16, double_starts, units
 
 # Newer names first: Triton 3.6 spells both differently.
 async_load = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
@@ -34,18 +39,18 @@ def _join8(r):
 
 
 @gluon.jit
-def _unpack_key(planes, low, high, ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, BITS: gl.constexpr):
+def _unpack_key(planes, ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, BITS: gl.constexpr):
     """Planes int8 [bytes] -> 8 int8 tensors, register r = 0..7 of every group."""
     if BITS == 8:
         return planes
     return gl.inline_asm_elementwise(
-        ASM, CONSTRAINTS, planes + (low, high), is_pure=True, pack=4,
+        ASM, CONSTRAINTS, planes, is_pure=True, pack=4,
         dtype=(gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8),
     )  # fmt: skip
 
 
 @gluon.jit
-def _unpack_value(planes, low, high, ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, BITS: gl.constexpr):
+def _unpack_value(planes, ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, BITS: gl.constexpr):
     """Planes int8 [bytes] -> 8 fp16 tensors, register r = 0..7 of every group."""
     half = ()
     if BITS == 8:
@@ -55,28 +60,38 @@ def _unpack_value(planes, low, high, ASM: gl.constexpr, CONSTRAINTS: gl.constexp
             )
             half = half + (x,)
     else:
-        e4m3 = gl.inline_asm_elementwise(
-            ASM, CONSTRAINTS, planes + (low, high), is_pure=True, pack=4,
-            dtype=(gl.float8e4nv, gl.float8e4nv, gl.float8e4nv, gl.float8e4nv,
-                   gl.float8e4nv, gl.float8e4nv, gl.float8e4nv, gl.float8e4nv),
+        half = gl.inline_asm_elementwise(
+            ASM, CONSTRAINTS, planes, is_pure=True, pack=4,
+            dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
         )  # fmt: skip
-        for i in gl.static_range(8):
-            half = half + (e4m3[i].to(gl.float16),)
     return half
 
 
-@gluon.jit
-def _table_word(p, LANE_BYTES: gl.constexpr, RAW: gl.constexpr):
-    """A table word for every byte of a plane, in one register of each lane.
+@gluon.constexpr_function
+def _key_unit(bits, i):
+    return 1.0 / units(bits)[i]
 
-    Odd lanes read a copy four words on: a value that looks uniform would be kept in a uniform register and moved to a
-    vector register again at every use.
-    """
-    LANES: gl.constexpr = gl.BlockedLayout([1, LANE_BYTES], [32, 1], [1, 1], [1, 0])
-    lane = gl.arange(0, 32, gl.SliceLayout(1, LANES))
-    word = gl.load(p + lane % 2 * 4).to(gl.int32, bitcast=True)
-    every = gl.reshape(gl.expand_dims(word, 1).broadcast_to([32, LANE_BYTES]), [32 * LANE_BYTES])
-    return gl.convert_layout(every, RAW, assert_trivial=True)
+
+@gluon.constexpr_function
+def _key_start(bits, i):
+    return double_starts(bits)[i]
+
+
+@gluon.constexpr_function
+def _value_unit(bits, m):
+    return 1.0 if bits == 8 else 2.0**24 / units(bits)[m]
+
+
+@gluon.constexpr_function
+def _middle(bits):
+    """The middle level, counted from code 0."""
+    return 0.0 if bits == 8 else (2**bits - 1) / 2
+
+
+@gluon.jit
+def _choose(i, a, b, c, d):
+    """a, b, c or d where i is 0, 1, 2 or 3."""
+    return gl.where(i < 2, gl.where(i == 0, a, b), gl.where(i == 2, c, d))
 
 
 @gluon.jit
@@ -89,25 +104,11 @@ def _load_planes(ring, slot, at: gl.constexpr, BITS: gl.constexpr, CHUNKS: gl.co
 
 
 @gluon.jit
-def _key_operand(r, D: gl.constexpr):
-    """Registers of all groups of a power-of-two D -> K^T int8 [D, 32]."""
-    RJ: gl.constexpr = 8 if D >= 128 else D // 16
-    RI: gl.constexpr = 8 // RJ
-    GI: gl.constexpr = 4 // RI
-    GJ: gl.constexpr = D // 16 // RJ
-    # g t gi gj byte ri rj -> (gj rj t byte) (gi ri g)
-    x = gl.reshape(_join8(r), [8, 4, GI, GJ, 4, RI, RJ])
-    return gl.reshape(gl.permute(x, (3, 6, 1, 4, 2, 5, 0)), [D, 32])
-
-
-@gluon.jit
-def _key_block(r, first: gl.constexpr, STRIDE: gl.constexpr):
-    """Registers r[i * STRIDE + j], j = first, first + 1, of all groups -> K^T int8 [32 dimensions, 32]."""
-    eight = ()
-    for i in gl.static_range(4):
-        eight = eight + (r[i * STRIDE + first], r[i * STRIDE + first + 1])
-    x = gl.reshape(_join8(eight), [8, 4, 4, 4, 2])  # g t byte i jj
-    return gl.reshape(gl.permute(x, (4, 1, 2, 3, 0)), [32, 32])
+def _key_operand(r, GROUPS: gl.constexpr):
+    """Registers of GROUPS groups -> K^T int8 [32 GROUPS, 32]."""
+    # g t group byte i jj -> (group jj t byte) (i g)
+    x = gl.reshape(_join8(r), [8, 4, GROUPS, 4, 4, 2])
+    return gl.reshape(gl.permute(x, (2, 5, 1, 3, 4, 0)), [32 * GROUPS, 32])
 
 
 @gluon.jit
@@ -158,7 +159,7 @@ def _wait_for_queries():
 
 @gluon.jit
 def _step(
-    q, q_start, step_size, bias, m, l, acc, ring, scales, p_k, p_v, p_ks, p_vs, k_low, k_high, v_low, v_high,
+    q, q_start, step_size, bias, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
     step, first, end, last, packed, cap, copy_at, scale_at, token,
     D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, HT: gl.constexpr, TILES: gl.constexpr,
     STAGES: gl.constexpr, CHUNKS: gl.constexpr, SOFTCAP: gl.constexpr, MASKED: gl.constexpr,
@@ -185,25 +186,16 @@ def _step(
 
     s = ()
     for j in gl.static_range(TILES):
-        raw = ()
-        if CHUNKS == 1:
-            planes = _load_planes(ring, slot, j * PLANES, K_BITS, 1, RAW)
-            kT = _key_operand(_unpack_key(planes, k_low, k_high, K_ASM, K_CONSTRAINTS, K_BITS), D)
+        raw = q_start
+        for c in gl.static_range(CHUNKS):
+            planes = _load_planes(ring, slot, j * PLANES + c, K_BITS, CHUNKS, RAW)
+            kT = _key_operand(_unpack_key(planes, K_ASM, K_CONSTRAINTS, K_BITS), BLOCKS // CHUNKS)
             kT = gl.convert_layout(kT, KB, assert_trivial=True)
+            total = ()
             for x in gl.static_range(HT):
-                raw = raw + (mma_v2(q[x], kT, q_start[x]),)
-        else:
-            r = ()
-            for c in gl.static_range(CHUNKS):
-                planes = _load_planes(ring, slot, j * PLANES + c, K_BITS, CHUNKS, RAW)
-                r = r + _unpack_key(planes, k_low, k_high, K_ASM, K_CONSTRAINTS, K_BITS)
-            for x in gl.static_range(HT):
-                total = q_start[x]
-                for k in gl.static_range(BLOCKS):
-                    kT = _key_block(r, 2 * k, D // 16)
-                    total = mma_v2(q[x * CHUNKS + k], gl.convert_layout(kT, KB, assert_trivial=True), total)
-                raw = raw + (total,)
-        norm = scales[2 * j].index(slot).load(token.type.layout).to(gl.float32)
+                total = total + (mma_v2(q[x * CHUNKS + c], kT, raw[x]),)
+            raw = total
+        norm = scales[2 * j].index(slot).load(token.type.layout).to(gl.float32) * key_unit
         for x in gl.static_range(HT):
             hi, lo = _halves(raw[x])
             score = (hi * 128 + lo).to(gl.float32) * norm[None, :]
@@ -215,6 +207,7 @@ def _step(
 
     m_new = ()
     l_new = ()
+    mass_new = ()
     scaled = ()
     for x in gl.static_range(HT):
         top = s[x]
@@ -230,7 +223,10 @@ def _step(
         column_alpha = gl.convert_layout(alpha, gl.SliceLayout(0, S_L))
         for c in gl.static_range(CHUNKS):
             scaled = scaled + (acc[x * CHUNKS + c] * column_alpha[None, :],)
+        mass_new = mass_new + (mass[x] * column_alpha[None, :],)
     acc = scaled
+    mass = mass_new
+    ones = gl.full([16, 32], 1.0, gl.float16, VA)
 
     for j in gl.static_range(TILES):
         norm = scales[2 * j + 1].index(slot).load(token.type.layout).to(gl.float32)
@@ -248,17 +244,28 @@ def _step(
             weighted = gl.permute((p * norm[None, :]).to(gl.float16), (1, 0))
             pT = pT + (gl.convert_layout(weighted, PB, assert_trivial=True),)
         l_new = total
+        if V_BITS < 8:
+            mass_new = ()
+            for x in gl.static_range(HT):
+                mass_new = mass_new + (mma_v2(ones, pT[x], mass[x]),)
+            mass = mass_new
         fresh = ()
         vT = ()
         for c in gl.static_range(CHUNKS):
             planes = _load_planes(ring, slot, j * PLANES + K_BITS * CHUNKS + c, V_BITS, CHUNKS, RAW)
-            r = _unpack_value(planes, v_low, v_high, V_ASM, V_CONSTRAINTS, V_BITS)
+            r = _unpack_value(planes, V_ASM, V_CONSTRAINTS, V_BITS)
             vT = vT + (gl.convert_layout(_value_operand(r, BLOCKS // CHUNKS), VA, assert_trivial=True),)
         for x in gl.static_range(HT):
             for c in gl.static_range(CHUNKS):
                 fresh = fresh + (mma_v2(vT[c], pT[x], acc[x * CHUNKS + c]),)
         acc = fresh
-    return m_new, l_new, acc
+    return m_new, l_new, mass, acc
+
+
+@gluon.jit
+def _prefetch(p):
+    """Start moving the cache lines of pointers to L2."""
+    gl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [p], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.constexpr_function
@@ -267,6 +274,14 @@ def _exact_value_layout(wide):
     reg = [[0, 1 << i, 0] for i in range(wide.bit_length() - 1)] + [[0, 0, 1], [0, 0, 8], [0, 0, 16]]
     lane = [[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
     return gl.DistributedLinearLayout(reg, lane, [], [], [8, wide, 32])
+
+
+@gluon.constexpr_function
+def _exact_output_layout(dims):
+    """[dims, 8 heads] in one warp: lane 4 g + t, dims / 8 consecutive dimensions of heads 2 t and 2 t + 1."""
+    wide = dims // 8
+    reg = [[1 << i, 0] for i in range(wide.bit_length() - 1)] + [[0, 1]]
+    return gl.DistributedLinearLayout(reg, [[0, 2], [0, 4], [wide, 0], [2 * wide, 0], [4 * wide, 0]], [], [], [dims, 8])
 
 
 @gluon.jit
@@ -302,6 +317,7 @@ def _attend_exact(
     in_sinks = gl.minimum(n, sinks)
     count = in_sinks + gl.where(capacity == 0, 0, gl.maximum(n - sinks, 0) - packed)
     slots = gl.maximum(capacity, 1)
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
 
     x = ()
     acc = ()
@@ -324,6 +340,12 @@ def _attend_exact(
         p_v = v_recent + at_r + (packed + v_index - in_sinks) % slots * D
         # Triton 3.9 loses the alignment at the selection; the same hint on keys makes its loop spill.
         p_v = gl.multiple_of(gl.where(v_index < in_sinks, v_sinks + at_s + v_index * D, p_v), 16)
+        # Values are needed a softmax later than keys, and there are no registers for them to wait in.
+        index = gl.minimum(begin + lane, count - 1)
+        line = v_recent + at_r + (packed + index - in_sinks) % slots * D
+        line = gl.where(index < in_sinks, v_sinks + at_s + index * D, line)
+        for c in gl.static_range(D // 64 if D % 64 == 0 else D // 32):
+            _prefetch(line + c * (64 if D % 64 == 0 else 32))
         total = gl.zeros([16, 32], gl.float32, S_L)
         for c in gl.static_range(PARTS):
             k = gl.load(p_k[None, :] + (c * QD + k_dim)[:, None], mask=k_live, other=0.0)
@@ -355,30 +377,81 @@ def _attend_exact(
 
 @gluon.jit
 def _store_part(
-    p_o, p_ml, m, l, acc, live, factor, at_part, rows, first_head,
+    p_o, p_ml, m, l, acc, live, at_part, rows, first_head,
     G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, EXACT: gl.constexpr, S_L: gl.constexpr,
 ):  # fmt: skip
     """Store the result of 8 heads: entry at_part + head of p_o [.., D] (if live) and of p_ml [2, rows]."""
-    dim = gl.arange(0, QD, gl.SliceLayout(1, S_L))
-    if EXACT:  # the order of rows in _attend_exact
-        dim = dim % 8 * (QD // 8) + dim // 8
-    column = first_head + gl.arange(0, 8, gl.SliceLayout(0, S_L))
     head = first_head + gl.arange(0, 8, m.type.layout)
     if live:
         for c in gl.static_range(D // QD):
+            o = acc[c]
+            if EXACT:  # row 8 a + g of _attend_exact is dimension QD / 8 g + a: a lane has consecutive ones
+                o = gl.reshape(gl.permute(gl.reshape(o, [QD // 8, 8, 8]), (1, 0, 2)), [QD, 8])
+                o = gl.convert_layout(o, _exact_output_layout(QD), assert_trivial=True)
+            dim = gl.arange(0, QD, gl.SliceLayout(1, o.type.layout))
+            column = first_head + gl.arange(0, 8, gl.SliceLayout(0, o.type.layout))
             to = p_o + at_part * D + column[None, :] * D + (c * QD + dim)[:, None]
-            gl.store(to, acc[c] * factor, mask=(column < G)[None, :])
+            gl.store(to, o, mask=(column < G)[None, :])
     gl.store(p_ml + at_part + head, m, mask=head < G)
     gl.store(p_ml + rows + at_part + head, l, mask=head < G)
 
 
 @gluon.jit
+def _load_query(
+    rotated, bias, row, first_head, half, D: gl.constexpr, G: gl.constexpr, QD: gl.constexpr, K_BITS: gl.constexpr,
+    S_L: gl.constexpr,
+):  # fmt: skip
+    """Eight query heads as 15-bit integers in two int8 rows: y = step * (128 hi + lo).
+
+    The integer tensor cores read both for the price of one, hi in rows 0-7 and lo in rows 8-15 of an m16 operand.
+    Returns the operand of each QD dimensions, what scores start at [16, 32], step / 128 and bias [8].
+    """
+    QA: gl.constexpr = gl.DotOperandLayout(0, S_L, 4)
+    like = gl.permute(gl.reshape(gl.zeros([16, QD], gl.int8, QA), [2, 8, QD]), (1, 2, 0))
+    low, _ = gl.split(like)
+    L: gl.constexpr = low.type.layout
+    head = gl.minimum(first_head + gl.arange(0, 8, gl.SliceLayout(1, L)), G - 1)
+    column = gl.arange(0, QD, gl.SliceLayout(0, L))
+    y = ()
+    for c in gl.static_range(D // QD):
+        y = y + (gl.load(rotated + (row + head)[:, None] * D + (c * QD + column)[None, :]),)
+    top = gl.max(gl.abs(y[0]), axis=1)
+    for c in gl.static_range(1, D // QD):
+        top = gl.maximum(top, gl.max(gl.abs(y[c]), axis=1))
+    inverse = 127.0 / gl.maximum(top, 1e-35)
+    total = gl.zeros([8], gl.float32, gl.SliceLayout(1, L))
+    q = ()
+    for c in gl.static_range(D // QD):
+        scaled = y[c] * inverse[:, None]
+        # Adding 1.5 * 2**23 rounds to the nearest integer and leaves it in the low bits.
+        hi = scaled + 12582912.0
+        rest = scaled - (hi - 12582912.0)
+        lo = rest * 128.0 + 12582912.0
+        total += gl.sum((hi - 12582912.0) * 128.0 + (lo - 12582912.0), axis=1)
+        pair = gl.join(hi.to(gl.int32, bitcast=True).to(gl.int8), lo.to(gl.int32, bitcast=True).to(gl.int8))
+        pair = gl.reshape(gl.permute(pair, (2, 0, 1)), [16, QD])
+        q = q + (gl.convert_layout(pair, QA, assert_trivial=True),)
+    # Row 8 + g starts at what the fields count too much, row g at zero: s = 128 hi + lo.
+    tile = gl.arange(0, 32, gl.SliceLayout(0, S_L)) // 8
+    zero = gl.zeros([8], gl.float32, gl.SliceLayout(1, L))
+    two = gl.reshape(gl.permute(gl.join(zero, total), (1, 0)), [16])
+    sums = gl.convert_layout(two, gl.SliceLayout(1, S_L)).to(gl.int32)
+    twice = _choose(
+        tile, _key_start(K_BITS, 0), _key_start(K_BITS, 1), _key_start(K_BITS, 2), _key_start(K_BITS, 3)
+    )
+    start = sums[:, None] * twice[None, :] >> 1
+    head = gl.minimum(first_head + half, G - 1)
+    step = gl.convert_layout(top, half.type.layout) * (1.0 / (127.0 * 128.0))
+    return q, start, step, gl.load(bias + row + head)
+
+
+@gluon.jit
 def gluon_splits_kernel(
-    rotated, meta, k_codes, k_scales, v_codes, v_scales, q, k_sinks, v_sinks, k_recent, v_recent, length, start,
+    rotated, bias, k_codes, k_scales, v_codes, v_scales, q_exact, k_sinks, v_sinks, k_recent, v_recent, length, start,
     split_o, split_ml, exact_o, exact_ml,
     stride_kb, stride_kh, stride_ksb, stride_ksh, stride_vb, stride_vh, stride_vsb, stride_vsh,
     stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
-    heads, sinks, window, capacity, splits, chunks, chunk_tokens, factor, cap, inverse_unit,
+    heads, sinks, window, capacity, splits, chunks, before, chunk_tokens, factor, cap,
     G: gl.constexpr, D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, HT: gl.constexpr,
     TILES: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, PDL: gl.constexpr,
     K_ASM: gl.constexpr, K_CONSTRAINTS: gl.constexpr, V_ASM: gl.constexpr, V_CONSTRAINTS: gl.constexpr,
@@ -386,9 +459,9 @@ def gluon_splits_kernel(
 ):  # fmt: skip
     """Un-normalised output, maximum (log2, bias included) and sum of each split of the packed tokens.
 
-    rotated: int8 [B * H, tiles of 8 heads, 16, D] and meta as `query.prepare_kernel` writes them; codes as int8
-    [B, H, T, tile bytes]; scales fp16 [B, H, T, 32]; sinks and recent tokens in a 16-bit dtype if chunks > 0, else the
-    exact part is done elsewhere; outputs as `combine.combine_kernel` reads them.
+    rotated and bias as `query.prepare_kernel` writes them; codes as int8 [B, H, T, tile bytes]; scales fp16
+    [B, H, T, 32]; sinks and recent tokens in a 16-bit dtype if chunks > 0, else the exact part is done elsewhere;
+    outputs as `combine.combine_kernel` reads them.
     """
     GROUPS: gl.constexpr = D // 32
     CHUNKS: gl.constexpr = 1 if (GROUPS & (GROUPS - 1)) == 0 else GROUPS
@@ -396,18 +469,21 @@ def gluon_splits_kernel(
     CHUNK_BYTES: gl.constexpr = 4 * D // CHUNKS
     LANE_BYTES: gl.constexpr = CHUNK_BYTES // 32
     QD: gl.constexpr = D // CHUNKS
-    HEAD_TILES: gl.constexpr = (G + 7) // 8
     PLANES: gl.constexpr = (K_BITS + V_BITS) * CHUNKS
     EXACT_D: gl.constexpr = 64 if D % 64 == 0 else 32
 
     S_L: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
-    QA: gl.constexpr = gl.DotOperandLayout(0, S_L, 4)
     RAW: gl.constexpr = gl.BlockedLayout([LANE_BYTES], [32], [1], [0])
     COPY: gl.constexpr = gl.BlockedLayout([LANE_BYTES if LANE_BYTES < 16 else 16], [32], [1], [0])
     COPY_SCALE: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
 
-    split = gl.program_id(0)
+    if PDL:  # the merge may be launched now: it waits for the end of this launch before it reads
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+    program = gl.program_id(0)
+    split = program - before
     bh = gl.program_id(1)
     group = gl.program_id(2) * HT
     b = (bh // heads).to(gl.int64)
@@ -417,19 +493,15 @@ def gluon_splits_kernel(
     packed = gl.where(capacity == 0, gl.maximum(n - sinks, 0), gl.maximum(n - sinks - window, 0) // 32 * 32)
     tiles = (packed + 31) // 32
     steps = (tiles + TILES - 1) // TILES
-    first = (split.to(gl.int64) * steps // splits).to(gl.int32)
-    end = ((split + 1).to(gl.int64) * steps // splits).to(gl.int32)
+    first = (gl.maximum(split, 0).to(gl.int64) * steps // splits).to(gl.int32)
+    end = (gl.maximum(split + 1, 0).to(gl.int64) * steps // splits).to(gl.int32)
 
-    zero = gl.zeros([16, 32], gl.int32, S_L)
-    hi0, _ = _halves(zero)
+    hi0, _ = _halves(gl.zeros([16, 32], gl.int32, S_L))
     SL: gl.constexpr = hi0.type.layout
     HEAD: gl.constexpr = gl.SliceLayout(1, SL)
     TOKEN: gl.constexpr = gl.SliceLayout(0, SL)
     head = gl.arange(0, 8, HEAD)
     token = gl.arange(0, 32, TOKEN)
-    row = gl.arange(0, 16, gl.SliceLayout(1, QA))
-    col = gl.arange(0, QD, gl.SliceLayout(0, QA))
-    start_row = gl.arange(0, 16, gl.SliceLayout(1, S_L))
 
     # One allocation per plane: Triton 3.6 puts a barrier between any two copies into the same allocation.
     ring = ()
@@ -457,74 +529,80 @@ def gluon_splits_kernel(
         async_copy.commit_group()
 
     # While the first tiles arrive: this program's share of the exact tokens.
-    if split < chunks:
-        at_q = q + b * stride_qb + h * G * stride_qh
+    if program < chunks:
+        at_q = q_exact + b * stride_qb + h * G * stride_qh
         at_s = b * stride_sb + h * stride_sh
         at_r = b * stride_rb + h * stride_rh
-        at_part = (bh * chunks + split).to(gl.int64) * G
+        at_part = (bh * chunks + program).to(gl.int64) * G
         exact_rows = gl.num_programs(1).to(gl.int64) * chunks * G
         for x in gl.static_range(HT):
             m_exact, l_exact, acc_exact, live = _attend_exact(
-                at_q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, (group + x) * 8, split,
+                at_q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, (group + x) * 8, program,
                 n, packed, sinks, capacity, chunk_tokens, factor, cap, G, D, EXACT_D, SOFTCAP, S_L,
             )  # fmt: skip
             _store_part(
-                exact_o, exact_ml, m_exact, l_exact, acc_exact, live, 1.0, at_part, exact_rows, (group + x) * 8,
+                exact_o, exact_ml, m_exact, l_exact, acc_exact, live, at_part, exact_rows, (group + x) * 8,
                 G, D, EXACT_D, True, S_L,
             )  # fmt: skip
-    if PDL:  # the queries must be ready from here on
-        _wait_for_queries()
-    q_int = ()
-    q_start = ()
-    step_size = ()
-    bias = ()
-    m = ()
-    l = ()
-    acc = ()
-    for x in gl.static_range(HT):
-        at = bh.to(gl.int64) * HEAD_TILES + gl.minimum(group + x, HEAD_TILES - 1)
-        for c in gl.static_range(CHUNKS):
-            q_int = q_int + (gl.load(rotated + at * (16 * D) + row[:, None] * D + (c * QD + col)[None, :]),)
-            acc = acc + (gl.zeros([32 * CHUNK_GROUPS, 8], gl.float32, S_L),)
-        # Row 8 + g starts at the half sum, row g at zero: s = 128 hi + lo.
-        begin = gl.load(meta + at * 32 + 16 + start_row % 8).to(gl.int32)
-        begin = gl.where(start_row < 8, 0, begin)
-        q_start = q_start + (zero + begin[:, None],)
-        step_size = step_size + (gl.load(meta + at * 32 + head),)
-        bias = bias + (gl.load(meta + at * 32 + 8 + head),)
-        m = m + (gl.full([8], -1e30, gl.float32, HEAD),)
-        l = l + (gl.full([8], 0.0, gl.float32, HEAD),)
-    tables = meta + bh.to(gl.int64) * (HEAD_TILES * 32) + 24
-    k_low = _table_word(tables, LANE_BYTES, RAW)
-    k_high = _table_word(tables + 1, LANE_BYTES, RAW)
-    v_low = _table_word(tables + 2, LANE_BYTES, RAW)
-    v_high = _table_word(tables + 3, LANE_BYTES, RAW)
-    full = gl.maximum(gl.minimum(end, packed // (32 * TILES)), first)
-    for step in range(first, full):
-        m, l, acc = _step(
-            q_int, q_start, step_size, bias, m, l, acc, ring, scales, p_k, p_v, p_ks, p_vs,
-            k_low, k_high, v_low, v_high, step, first, end, last, packed, cap, copy_at, scale_at, token,
-            D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, False,
-            K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
-        )  # fmt: skip
-    for step in range(full, end):
-        m, l, acc = _step(
-            q_int, q_start, step_size, bias, m, l, acc, ring, scales, p_k, p_v, p_ks, p_vs,
-            k_low, k_high, v_low, v_high, step, first, end, last, packed, cap, copy_at, scale_at, token,
-            D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, True,
-            K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
-        )  # fmt: skip
+    if split >= 0:
+        if PDL:  # the queries must be ready from here on
+            _wait_for_queries()
+        q = ()
+        q_start = ()
+        step_size = ()
+        offset = ()
+        m = ()
+        l = ()
+        mass = ()
+        acc = ()
+        for x in gl.static_range(HT):
+            q_x, start_x, step_x, bias_x = _load_query(
+                rotated, bias, bh.to(gl.int64) * G, (group + x) * 8, head, D, G, QD, K_BITS, S_L
+            )
+            q += q_x
+            q_start += (start_x,)
+            step_size += (step_x,)
+            offset += (bias_x,)
+            m += (gl.full([8], -1e30, gl.float32, HEAD),)
+            l += (gl.full([8], 0.0, gl.float32, HEAD),)
+            mass += (gl.zeros([16, 8], gl.float32, S_L),)
+            for _ in gl.static_range(CHUNKS):
+                acc += (gl.zeros([32 * CHUNK_GROUPS, 8], gl.float32, S_L),)
+        key_unit = _choose(
+            token // 8, _key_unit(K_BITS, 0), _key_unit(K_BITS, 1), _key_unit(K_BITS, 2), _key_unit(K_BITS, 3)
+        )
+        full = gl.maximum(gl.minimum(end, packed // (32 * TILES)), first)
+        for step in range(first, full):
+            m, l, mass, acc = _step(
+                q, q_start, step_size, offset, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
+                step, first, end, last, packed, cap, copy_at, scale_at, token,
+                D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, False,
+                K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
+            )  # fmt: skip
+        for step in range(full, end):
+            m, l, mass, acc = _step(
+                q, q_start, step_size, offset, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
+                step, first, end, last, packed, cap, copy_at, scale_at, token,
+                D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, True,
+                K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
+            )  # fmt: skip
 
-    at_split = (bh * splits + split).to(gl.int64) * G
-    rows = gl.num_programs(1).to(gl.int64) * splits * G
-    for x in gl.static_range(HT):
-        m_out = m[x] - RESCALE
-        if not SOFTCAP:
-            m_out = m_out + bias[x]
-        mine = ()
-        for c in gl.static_range(CHUNKS):
-            mine = mine + (acc[x * CHUNKS + c],)
-        _store_part(
-            split_o, split_ml, m_out, l[x], mine, end > first, inverse_unit, at_split, rows, (group + x) * 8,
-            G, D, QD, False, S_L,
-        )  # fmt: skip
+        at_split = (bh * splits + split).to(gl.int64) * G
+        rows = gl.num_programs(1).to(gl.int64) * splits * G
+        block = gl.arange(0, QD, gl.SliceLayout(1, S_L)) // 8 % 4
+        unit = _choose(
+            block, _value_unit(V_BITS, 0), _value_unit(V_BITS, 1), _value_unit(V_BITS, 2), _value_unit(V_BITS, 3)
+        )
+        for x in gl.static_range(HT):
+            m_out = m[x] - RESCALE
+            if not SOFTCAP:
+                m_out = m_out + offset[x]
+            middle = gl.max(mass[x], axis=0) * _middle(V_BITS)
+            mine = ()
+            for c in gl.static_range(CHUNKS):
+                o = acc[x * CHUNKS + c] * unit[:, None] - middle[None, :]
+                mine = mine + (o * (1.0 / 127.0) if V_BITS == 8 else o,)
+            _store_part(
+                split_o, split_ml, m_out, l[x], mine, end > first, at_split, rows, (group + x) * 8,
+                G, D, QD, False, S_L,
+            )  # fmt: skip

@@ -23,18 +23,16 @@ STEP_TOKENS = 32  # appends up to this long fill at most one tile and cannot ove
 
 @triton.jit
 def _tokens(TILES: tl.constexpr, KEY: tl.constexpr):
-    """Token of each row of a block, int32 [TILES * 32]: rows are (i0 tile i1 g) for keys, (b1 tile b0 j0 t) for values.
+    """Token of each row of the first half of a block, int32 [TILES * 16]; those of the other half are 8 more.
 
-    Bits 0-2 of a row are lanes of a warp; bit 3 and, from 128 rows on, the highest bit are registers.
+    Rows are (tile i1 g) for keys, (tile b0 j0 t) for values: bits 0-2 are lanes of a warp, bit 3 is a register.
     """
-    row = tl.arange(0, TILES * 32)
+    row = tl.arange(0, TILES * 16)
     lane = row % 8
     near = row // 8 % 2
-    tile = row // 16 % TILES
-    far = row // (16 * TILES)
     if KEY:
-        return tile * 32 + near * 16 + far * 8 + lane
-    return tile * 32 + lane // 4 * 16 + far * 8 + lane % 4 * 2 + near
+        return row // 16 * 32 + near * 16 + lane
+    return row // 16 * 32 + lane // 4 * 16 + lane % 4 * 2 + near
 
 
 @triton.jit
@@ -51,34 +49,35 @@ def _columns(DP: tl.constexpr, KEY: tl.constexpr):
 
 
 @triton.jit
-def _quantize(y, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr):
+def _quantize(y, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, FUSED: tl.constexpr):
     """y [N, DP] float32, zero beyond D -> codes and scales.
 
-    Codes are int32 [N, DP], below 8 bits with the exponent of the float they were rounded in (`_store_codes` takes it
-    off whole words); scales are float32 [N].
+    Codes are int32 [N, DP], below 8 bits with the exponent of the float they were rounded in (`_put_words` takes it off
+    whole words); scales are float32 [N].
     """
-    MAGIC: tl.constexpr = 8388608.0 + (BITS == 1)
     if BITS == 8:
         inverse = 127.0 / tl.maximum(tl.max(tl.abs(y), axis=1), 1e-30)
         rounded = y * inverse[:, None] + 12582912.0  # 1.5 * 2**23: rounds to nearest even
         c = rounded - 12582912.0
-        top = 127.0
+        product = 127.0 * tl.sum(y * c, axis=1)
+        square = tl.sum(c * c, axis=1)
     else:
         # Level c is (code - TOP / 2), so code = round(clamp(y / (sigma * step) + TOP / 2, 0, TOP)).  Clamping to 0 .. 1
-        # costs nothing (a saturating multiply-add), and a tie at y = 0 rounds to the even code, 2 ** (BITS - 1).
+        # costs nothing (a saturating multiply-add), and a tie at y = 0 rounds to the even number, code 2 ** (BITS - 1).
+        MAGIC: tl.constexpr = 8388608.0 + (BITS == 1)
         TOP: tl.constexpr = (1 << BITS) - 1
         sigma = tl.sqrt(tl.sum(y * y, axis=1) / D)
         inverse = (1.0 / TOP) / tl.maximum(sigma * STEP, 1e-30)
         share = tl.minimum(tl.maximum(y * inverse[:, None] + 0.5, 0.0), 1.0)
         rounded = share * TOP + MAGIC
-        c = (rounded - MAGIC) - 0.5 * TOP
-        top = 1.0
-    square = tl.sum(c * c, axis=1)
-    if BITS < 8:
-        square -= 0.25 * (y.shape[1] - D)
-    scale = top * tl.sum(y * c, axis=1) / tl.maximum(square, 1e-30)
+        if FUSED:  # one operation: 2**23 * (1 - 2**-24) is the half that no float near 2**23 has
+            c = tl.fma(rounded, 1.0 - 2.0**-24, 0.5 - 0.5 * TOP - MAGIC)
+        else:
+            c = (rounded - MAGIC) - 0.5 * TOP
+        product = tl.sum(y * c, axis=1)
+        square = tl.sum(c * c, axis=1) - 0.25 * (y.shape[1] - D)
     codes = rounded.to(tl.int32, bitcast=True)
-    return codes & 255 if BITS == 8 else codes, scale
+    return codes & 255 if BITS == 8 else codes, product / tl.maximum(square, 1e-30)
 
 
 @triton.jit
@@ -89,82 +88,95 @@ def _fold(x, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _index(N: tl.constexpr, SHAPE: tl.constexpr):
-    """0 .. N-1 along the one dimension of SHAPE that is N long, the others being 1."""
-    return tl.reshape(tl.arange(0, N), SHAPE)
+def _get_words(codes, BITS: tl.constexpr, KEY: tl.constexpr):
+    """Codes [TILES * 16, DP] of half a block -> what they contribute to words of layout v2, as `_put_words` takes it."""
+    TILES: tl.constexpr = codes.shape[0] // 16
+    R: tl.constexpr = codes.shape[1] // 32
+    if KEY:
+        x = tl.reshape(codes, [TILES, 2, 8, R, 2, 2, 4, 2])  # tile i1 g group jj byte1 t byte0
+        if BITS == 8:  # -> jj i1 tile g t group
+            x = _fold(_fold(tl.permute(x, (4, 1, 0, 2, 6, 3, 5, 7)), 8), 16)
+        else:  # -> jj tile g t group
+            x = _fold(_fold(_fold(tl.permute(x, (4, 0, 2, 6, 3, 5, 7, 1)), 4), 8), 16)
+    else:
+        x = tl.reshape(codes, [TILES, 2, 2, 4, R, 2, 2, 4, 2])  # tile b0 j0 t group m1 m0 g01 g2
+        if BITS == 8:  # -> m1 m0 g2 tile j0 t g01 group
+            x = _fold(tl.permute(x, (5, 6, 8, 0, 2, 3, 7, 4, 1)), 8)
+        elif BITS >= 3:  # -> g2 tile j0 t g01 group
+            x = _fold(_fold(_fold(tl.permute(x, (8, 0, 2, 3, 7, 4, 1, 6, 5)), 4), 8), 16)
+        else:
+            x = _fold(_fold(_fold(tl.permute(x, (8, 0, 2, 3, 7, 4, 6, 1, 5)), 4), 16), BITS)
+    return x
 
 
 @triton.jit
-def _store_codes(codes, words, tile_stride, left, D: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr):
-    """Pack codes of `_quantize` into layout v2 (packing.py): tile i < left of the block at words + i * tile_stride."""
-    TILES: tl.constexpr = codes.shape[0] // 32
-    R: tl.constexpr = codes.shape[1] // 32
+def _index(N: tl.constexpr, TRAILING: tl.constexpr):
+    """0 .. N-1 along a dimension that TRAILING others follow."""
+    x = tl.arange(0, N)
+    for _ in tl.static_range(TRAILING):
+        x = tl.expand_dims(x, len(x.shape))
+    return x
+
+
+@triton.jit
+def _put_words(
+    x0, x1, words, tile_stride, left,
+    D: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr,
+):  # fmt: skip
+    """Store the words of a block from those of its halves (i0 or b1 = 0, 1): tile i < left at words + i * tile_stride."""
     G: tl.constexpr = D // 32
+    group = tl.arange(0, x0.shape[len(x0.shape) - 1])
+    if KEY:  # .. tile g t group
+        lane = _index(8, 2) * 4 + _index(4, 1)
+        tile = _index(TILES, 3)
+        major = _index(2, 4)  # jj
+    else:  # .. g2 tile j0 t g01 group
+        lane = _index(4, 2) + _index(4, 1) * 4 + _index(2, 5) * 16
+        tile = _index(TILES, 4)
+        major = _index(2, 3)  # j0
+    at = words + tile.to(tl.int64) * tile_stride + (lane * G + group)
+    ok = (tile < left) & (group < G)
     # What the constant of every code adds to a word.
     SHARES: tl.constexpr = 0x11111111 if BITS >= 3 else (0x55555555 if BITS == 2 else 0xFFFFFFFF)
     SUM: tl.constexpr = (SHARES * (0x4B000000 + (BITS == 1))) & 0xFFFFFFFF
     OFFSET: tl.constexpr = SUM - ((SUM >> 31) << 32)
-    if KEY:  # i0 tile i1 g group jj byte1 t byte0
-        x = tl.reshape(codes, [2, TILES, 2, 8, R, 2, 2, 4, 2])
-        if BITS == 8:  # -> i1 i0 jj tile g t group byte
-            x = _fold(_fold(tl.permute(x, (2, 0, 5, 1, 3, 7, 4, 6, 8)), 8), 16)
-            plane = _index(2, [2, 1, 1, 1, 1, 1, 1]) * 4 + _index(2, [2, 1, 1, 1, 1, 1]) * 2
-            plane += _index(2, [2, 1, 1, 1, 1])
-        elif BITS >= 3:  # -> jj i0 tile g t group nibble
-            x = _fold(_fold(_fold(tl.permute(x, (5, 0, 1, 3, 7, 4, 6, 8, 2)), 4), 8), 16)
-            plane = _index(2, [2, 1, 1, 1, 1, 1]) * 2 + _index(2, [2, 1, 1, 1, 1])
-        else:  # -> jj tile g t group i0 nibble
-            x = _fold(_fold(_fold(_fold(tl.permute(x, (5, 1, 3, 7, 4, 0, 6, 8, 2)), 4), 8), 16), BITS)
-            plane = _index(2, [2, 1, 1, 1, 1])
-            if BITS == 1:
-                x = _fold(tl.permute(x, (1, 2, 3, 4, 0)), 2)
-                plane = 0
-        lane = _index(8, [8, 1, 1]) * 4 + _index(4, [4, 1])
-        tile = _index(TILES, [TILES, 1, 1, 1])
-    else:  # b1 tile b0 j0 t group m1 m0 g01 g2
-        x = tl.reshape(codes, [2, TILES, 2, 2, 4, R, 2, 2, 4, 2])
-        plane = _index(2, [2, 1, 1, 1])  # j0
-        if BITS == 8:  # -> m1 m0 g2 tile j0 t g01 group byte
-            x = _fold(_fold(tl.permute(x, (6, 7, 9, 1, 3, 4, 8, 5, 0, 2)), 8), 16)
-            plane += _index(2, [2, 1, 1, 1, 1, 1, 1, 1]) * 4 + _index(2, [2, 1, 1, 1, 1, 1, 1]) * 2
-        elif BITS >= 3:  # -> b1 g2 tile j0 t g01 group nibble
-            x = _fold(_fold(_fold(tl.permute(x, (0, 9, 1, 3, 4, 8, 5, 2, 7, 6)), 4), 8), 16)
-            plane = plane * 2 + _index(2, [2, 1, 1, 1, 1, 1, 1])
-        else:  # -> g2 tile j0 t g01 group m0 nibble
-            x = _fold(_fold(_fold(_fold(tl.permute(x, (9, 1, 3, 4, 8, 5, 7, 2, 0, 6)), 4), 8), 16), BITS)
-            if BITS == 1:
-                x = tl.sum(x << (2 * plane), axis=2, keep_dims=True)
-                plane = 0
-        lane = _index(4, [4, 1, 1]) + _index(4, [4, 1]) * 4 + _index(2, [2, 1, 1, 1, 1, 1]) * 16
-        tile = _index(TILES, [TILES, 1, 1, 1, 1])
-    group = tl.arange(0, R)
-    if BITS < 8:
-        x -= OFFSET
-    ok = (tile < left) & (group < G)
-    if BITS == 3:
-        spare = tl.where(plane == 3, x, 0)
-        spare = tl.sum(tl.sum(spare, axis=0, keep_dims=True), axis=1 if KEY else 3, keep_dims=True)
-        x = (x << 1) | ((spare >> (2 - tl.minimum(plane, 2))) & 0x11111111)
-        ok &= plane < 3
-    if KEY and BITS > 1 and BITS < 8:
-        x ^= -2139062144
+    FLIP: tl.constexpr = -2139062144 if KEY and BITS > 1 else 0  # 0x80808080
+    PLANE: tl.constexpr = 32 * G
+    if BITS == 8:
+        if KEY:  # planes i1 i0 jj
+            at += (_index(2, 4) * 4 + _index(2, 5)) * PLANE
+            tl.store(at, x0, mask=ok)
+            tl.store(at + 2 * PLANE, x1, mask=ok)
+        else:  # planes m1 m0 j0
+            at += (_index(2, 7) * 4 + _index(2, 6) * 2 + major) * PLANE
+            tl.store(at, x0 + x1 * 65536, mask=ok)
+    elif BITS >= 3:
+        x0 -= OFFSET
+        x1 -= OFFSET
+        plane = major * 2
         if BITS == 3:
-            x ^= tl.where(plane == 0, 0x10101010, 0)
-    at = words + tile.to(tl.int64) * tile_stride + ((plane * 32 + lane) * G + group)
-    tl.store(at, x, mask=ok)
+            ONES: tl.constexpr = 0x11111111
+            spare = tl.sum(tl.where(major == 1, x1, 0), axis=0 if KEY else 2, keep_dims=True)
+            x0 = (x0 << 1) | ((spare >> (2 - plane)) & ONES)
+            x1 = (x1 << 1) | ((spare >> 1) & ONES)
+            if KEY:
+                x0 ^= tl.where(major == 0, 0x10101010, 0)
+        tl.store(at + plane * PLANE, x0 ^ FLIP, mask=ok)
+        tl.store(at + (plane + 1) * PLANE, x1 ^ FLIP, mask=ok & (plane < 2) if BITS == 3 else ok)
+    else:
+        x = x0 + (x1 << BITS if KEY else x1 << 8)
+        if BITS == 2:
+            tl.store(at + major * PLANE, (x - OFFSET) ^ FLIP, mask=ok)
+        else:
+            x = tl.sum(x << (2 * major), axis=0 if KEY else 2, keep_dims=not KEY)
+            tl.store(at, x - OFFSET, mask=ok)
 
 
 @triton.jit
-def _store_tiles(
-    y, unit, words, tile_stride, scales, scale_stride, left,
-    D: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Quantise y [TILES * 32, DP] and store the first `left` tiles; `unit` is the factor y still lacks."""
-    codes, scale = _quantize(y, D, BITS, STEP)
-    _store_codes(codes, words, tile_stride, left, D, BITS, KEY)
+def _put_scales(scale, unit, scales, scale_stride, token, left):
+    """Store scales float32 [N] of tokens int32 [N] of a block of which `left` tiles exist; `unit` is a factor."""
     scale = tl.abs(scale * unit)  # negative only where the squares of y overflow
     scale = tl.where(scale < float("inf"), tl.minimum(scale, 65504.0), float("nan"))
-    token = _tokens(y.shape[0] // 32, KEY)
     at = scales + (token // 32).to(tl.int64) * scale_stride + token % 32
     tl.store(at, scale.to(tl.float16), mask=token // 32 < left)
 
@@ -197,32 +209,22 @@ def _largest(x):
 
 
 @triton.jit
-def _load_rows(
-    x, ring, token, fresh, slot, kept, first, x_sn, x_sd, r_sn, r_sd,
-    D: tl.constexpr, K: tl.constexpr, RING: tl.constexpr,
-):  # fmt: skip
-    """Dims first .. first + K - 1 of rows [N, K]: token[i] of x where fresh, ring slot slot[i] where kept, else 0."""
+def _load_rows(rows, ok, first, D: tl.constexpr, K: tl.constexpr):
+    """Dims first .. first + K - 1 of the vectors at pointers rows [N], zero where not ok."""
     dims = first + tl.arange(0, K)
-    inside = (dims < D)[None, :]
-    rows = tl.load(x + token[:, None] * x_sn + dims[None, :] * x_sd, mask=fresh[:, None] & inside, other=0.0)
-    if RING:
-        if tl.max(kept.to(tl.int32), axis=0) > 0:
-            old = ring + slot[:, None] * r_sn + dims[None, :] * r_sd
-            rows += tl.load(old, mask=kept[:, None] & inside, other=0.0)
-    return rows
+    return tl.load(rows[:, None] + dims[None, :], mask=ok[:, None] & (dims < D)[None, :], other=0.0)
 
 
 @triton.jit
 def _mapped(
-    x, ring, token, fresh, slot, kept, x_sn, x_sd, r_sn, r_sd, map, shift, columns,
-    D: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr, RING: tl.constexpr, OPERAND: tl.constexpr,
-):  # fmt: skip
-    """y [N, DP] = (rows - shift) @ map[:, columns], the map streamed KC rows at a time."""
-    y = tl.zeros([token.shape[0], DP], tl.float32)
+    rows, ok, map, shift, columns, D: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr, OPERAND: tl.constexpr
+):
+    """y [N, DP] = (rows - shift) @ map[:, columns], zero where not ok, the map streamed KC rows at a time."""
+    y = tl.zeros([rows.shape[0], DP], tl.float32)
     for first in range(0, DP, KC):
-        rows = _load_rows(x, ring, token, fresh, slot, kept, first, x_sn, x_sd, r_sn, r_sd, D, KC, RING)
+        x = _load_rows(rows, ok, first, D, KC)
         offset = tl.load(shift + first + tl.arange(0, KC), mask=first + tl.arange(0, KC) < D, other=0.0)
-        delta = tl.where((fresh | kept)[:, None], rows.to(tl.float32) - offset[None, :], 0.0)
+        delta = tl.where(ok[:, None], x.to(tl.float32) - offset[None, :], 0.0)
         x_high, x_low = _split(delta, OPERAND)
         m_high, m_low = _split_map(_load_map(map, first, columns, D, KC), 1.0, 1.0, OPERAND)
         y = tl.dot(x_low, m_high, y, input_precision="ieee")
@@ -246,18 +248,19 @@ def _counts(length, start, b, q, sinks, window):
 @triton.jit(do_not_specialize=["n", "tiles"])
 def encode_kernel(
     x, ring, words, scales, map, shift, length, start,
-    x_sb, x_sh, x_sn, x_sd, r_sb, r_sh, r_sn, r_sd, w_sb, w_sh, w_st, s_sb, s_sh, s_st,
+    x_sb, x_sh, x_sn, r_sb, r_sh, r_sn, w_sb, w_sh, w_st, s_sb, s_sh, s_st,
     heads, n, tiles, capacity, sinks, window, blocks,
-    D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr,
-    STEP: tl.constexpr, TILES: tl.constexpr, KC: tl.constexpr, RING: tl.constexpr, OPERAND: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr,
+    TILES: tl.constexpr, KC: tl.constexpr, RING: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Encode many tiles of one side (keys or values).
 
     RING False: tile i is tokens 32 i .. 32 i + 31 of x, of which n exist.  RING True: x holds the n tokens of an
     append, and the tiles are those that leave the window with it; tokens older than x are in the ring.
 
-    Grid: (B * H, chunks); a program encodes up to `blocks` blocks of TILES tiles.  Up to D = 128 its map
-    stays in shared memory (WHOLE); at D = 256 the high part does (HALVES: two of 128 rows); others are streamed.
+    Grid: (B * H, chunks); a program encodes up to `blocks` blocks of TILES tiles, half a block (16 tokens of each tile)
+    at a time.  Up to D = 128 its map stays in shared memory (WHOLE); at D = 256 the high part does (HALVES: two of 128
+    rows); others are streamed.
     """
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
@@ -271,8 +274,13 @@ def encode_kernel(
         skip, before, old, new = _counts(length, start, b, n, sinks, window)
         tile0 = old // 32
         count = (tl.minimum(new // 32, tiles) - tile0).to(tl.int32)
+        # Rows at `old` + i of the packed sequence are in x from i = fresh on, and in the ring before that.
+        fresh = (before - sinks - old).to(tl.int32)
+        x -= (fresh - skip) * x_sn
+        slot0 = (old % capacity).to(tl.int32)
+        words += tile0 * w_st
+        scales += tile0 * s_st
     else:
-        tile0 = 0
         count = (n + 31) // 32
     WHOLE: tl.constexpr = DP <= 128
     HALVES: tl.constexpr = DP == 256 and x.dtype.element_ty == tl.bfloat16
@@ -310,56 +318,57 @@ def encode_kernel(
                     high, low = _split_map(_load_map(map, k, columns, D, KC), unit, inverse, OPERAND)
                     part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
                     shifted += tl.sum(part[:, None] * (high.to(tl.float32) + low.to(tl.float32)), axis=0)
-        for block in range(first, last):
-            tile = block * TILES
-            row_ok = tile + order // 32 < count
+        first_half = _get_words(tl.zeros([TILES * 16, DP], tl.int32), BITS, KEY)
+        for half in range(2 * first, 2 * last):
+            tile = half // 2 * TILES
+            token = order + half % 2 * 8
+            left = count - tile
             if RING:
-                t = sinks + (tile0 + tile) * 32 + order
-                fresh = row_ok & (t >= before)
-                kept = row_ok & (t < before)
-                token = t - before + skip
-                slot = (t - sinks) % capacity
+                ok = token < left * 32
+                slot = (slot0 + tile * 32) % capacity + token
+                slot = tl.where(slot >= capacity, slot - capacity, slot)
+                slot = tl.where(slot >= capacity, slot - capacity, slot)
+                rows = x + tile.to(tl.int64) * 32 * x_sn + token * x_sn
+                rows = tl.where(tile * 32 + token < fresh, ring + slot * r_sn, rows)
             else:
-                token = tile.to(tl.int64) * 32 + order
-                fresh = row_ok & (token < n)
-                kept = fresh
-                slot = token
+                ok = token < n - tile * 32
+                rows = x + tile.to(tl.int64) * 32 * x_sn + token * x_sn
             if WHOLE:
-                rows = _load_rows(x, ring, token, fresh, slot, kept, 0, x_sn, x_sd, r_sn, r_sd, D, DP, RING)
-                if x.dtype.element_ty == tl.bfloat16:
-                    x_high = rows.to(OPERAND)
+                xs = _load_rows(rows, ok, 0, D, DP)
+                if xs.dtype == tl.bfloat16:
+                    x_high = xs.to(OPERAND)
                 else:
-                    x_high, x_low = _split(rows.to(tl.float32), OPERAND)
+                    x_high, x_low = _split(xs.to(tl.float32), OPERAND)
                 y = tl.dot(x_high, m_high, input_precision="ieee")
-                if x.dtype.element_ty != tl.bfloat16:
+                if xs.dtype != tl.bfloat16:
                     y = tl.dot(x_low, m_high, y, input_precision="ieee")
                 if map_has_low:
                     y = tl.dot(x_high, m_low, y, input_precision="ieee")
             elif HALVES:
-                rows = _load_rows(x, ring, token, fresh, slot, kept, 0, x_sn, x_sd, r_sn, r_sd, D, 128, RING)
-                y = tl.dot(rows.to(OPERAND), m_high, input_precision="ieee")
-                rows = _load_rows(x, ring, token, fresh, slot, kept, 128, x_sn, x_sd, r_sn, r_sd, D, 128, RING)
-                y = tl.dot(rows.to(OPERAND), m2_high, y, input_precision="ieee")
+                y = tl.dot(_load_rows(rows, ok, 0, D, 128).to(OPERAND), m_high, input_precision="ieee")
+                y = tl.dot(_load_rows(rows, ok, 128, D, 128).to(OPERAND), m2_high, y, input_precision="ieee")
                 if map_has_low:
                     for k in range(0, DP, KC):
-                        chunk = _load_rows(x, ring, token, fresh, slot, kept, k, x_sn, x_sd, r_sn, r_sd, D, KC, RING)
+                        chunk = _load_rows(rows, ok, k, D, KC)
                         _high, rest = _split_map(_load_map(map, k, columns, D, KC), unit, inverse, OPERAND)
                         y = tl.dot(chunk.to(OPERAND), rest, y, input_precision="ieee")
             else:
-                y = _mapped(
-                    x, ring, token, fresh, slot, kept, x_sn, x_sd, r_sn, r_sd, map, shift, columns,
-                    D, DP, KC, RING, OPERAND,
-                )  # fmt: skip
+                y = _mapped(rows, ok, map, shift, columns, D, DP, KC, OPERAND)
             if WHOLE or HALVES:
                 if has_shift:
-                    y = tl.where((fresh | kept)[:, None], y - shifted[None, :], 0.0)
-            at = (tile0 + tile).to(tl.int64)
-            _store_tiles(y, unit, words + at * w_st, w_st, scales + at * s_st, s_st, count - tile, D, BITS, KEY, STEP)
+                    y -= tl.where(ok, 1.0, 0.0)[:, None] * shifted[None, :]
+            codes, scale = _quantize(y, D, BITS, STEP, OPERAND == tl.bfloat16)
+            tile_words = words + tile.to(tl.int64) * w_st
+            half_words = _get_words(codes, BITS, KEY)
+            if half % 2 == 1:
+                _put_words(first_half, half_words, tile_words, w_st, left, D, TILES, BITS, KEY)
+            first_half = half_words
+            _put_scales(scale, unit, scales + tile.to(tl.int64) * s_st, s_st, token, left)
 
 
 @triton.jit
 def _write_exact(
-    x, sink, ring, index, ok, before, skip, x_sn, x_sd, k_sn, k_sd, r_sn, r_sd, sinks, capacity,
+    x, sink, ring, index, ok, before, skip, x_sn, k_sn, r_sn, sinks, capacity,
     D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """Copy tokens `index` of x to their sink or ring slot."""
@@ -367,17 +376,17 @@ def _write_exact(
     live = (dims < D)[None, :]
     t = before + index - skip
     u = t - sinks
-    rows = tl.load(x + index[:, None] * x_sn + dims[None, :] * x_sd, mask=ok[:, None] & live)
-    to_ring = ring + (u % capacity)[:, None] * r_sn + dims[None, :] * r_sd
+    rows = tl.load(x + index[:, None] * x_sn + dims[None, :], mask=ok[:, None] & live)
+    to_ring = ring + (u % capacity)[:, None] * r_sn + dims[None, :]
     tl.store(to_ring, rows.to(ring.dtype.element_ty), mask=(ok & (u >= 0))[:, None] & live)
-    to_sink = sink + t[:, None] * k_sn + dims[None, :] * k_sd
+    to_sink = sink + t[:, None] * k_sn + dims[None, :]
     tl.store(to_sink, rows.to(sink.dtype.element_ty), mask=(ok & (u < 0))[:, None] & live)
 
 
 @triton.jit(do_not_specialize=["n"])
 def write_kernel(
     k, v, k_sinks, v_sinks, k_recent, v_recent, length, start,
-    x_sb, x_sh, x_sn, x_sd, k_sb, k_sh, k_sn, k_sd, r_sb, r_sh, r_sn, r_sd,
+    x_sb, x_sh, x_sn, k_sb, k_sh, k_sn, r_sb, r_sh, r_sn,
     heads, n, capacity, sinks, window, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Write the sinks and the newest tokens of a long append, after `encode_kernel` has read what they replace.
@@ -396,41 +405,48 @@ def write_kernel(
     if tl.program_id(2) == 0:
         _write_exact(
             k + at_x, k_sinks + at_sink, k_recent + at_ring, index, ok, before, skip,
-            x_sn, x_sd, k_sn, k_sd, r_sn, r_sd, sinks, capacity, D, DP,
+            x_sn, k_sn, r_sn, sinks, capacity, D, DP,
         )  # fmt: skip
     else:
         _write_exact(
             v + at_x, v_sinks + at_sink, v_recent + at_ring, index, ok, before, skip,
-            x_sn, x_sd, k_sn, k_sd, r_sn, r_sd, sinks, capacity, D, DP,
+            x_sn, k_sn, r_sn, sinks, capacity, D, DP,
         )  # fmt: skip
 
 
 @triton.jit
 def _step_side(
     x, sink, ring, words, scales, map, shift, q, skip, before, old, new, tiles,
-    x_sn, x_sd, k_sn, k_sd, r_sn, r_sd, w_st, s_st, sinks, capacity,
+    x_sn, k_sn, r_sn, w_st, s_st, sinks, capacity,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr, Q: tl.constexpr,
     KC: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     index = tl.arange(0, Q).to(tl.int64)
     ok = (index >= skip) & (index < q)
-    _write_exact(x, sink, ring, index, ok, before, skip, x_sn, x_sd, k_sn, k_sd, r_sn, r_sd, sinks, capacity, D, DP)
+    _write_exact(x, sink, ring, index, ok, before, skip, x_sn, k_sn, r_sn, sinks, capacity, D, DP)
     if (new > old) & (old // 32 < tiles):
-        u = old + _tokens(1, KEY)
-        t = sinks + u
-        y = _mapped(
-            x, ring, t - before + skip, t >= before, u % capacity, t < before, x_sn, x_sd, r_sn, r_sd,
-            map, shift, _columns(DP, KEY), D, DP, KC, True, OPERAND,
-        )  # fmt: skip
+        # Rows are (half, row of a half).
+        row = tl.arange(0, 32)
+        token = tl.reshape(tl.broadcast_to(_tokens(1, KEY)[None, :], [2, 16]), [32]) + row // 16 * 8
+        t = sinks + old + token
+        kept = t < before
+        rows = tl.where(kept, ring + (old + token) % capacity * r_sn, x + (t - before + skip) * x_sn)
+        y = _mapped(rows, token < 32, map, shift, _columns(DP, KEY), D, DP, KC, OPERAND)
+        codes, scale = _quantize(y, D, BITS, STEP, OPERAND == tl.bfloat16)
+        codes0, codes1 = tl.split(tl.permute(tl.reshape(codes, [2, 16, DP]), (1, 2, 0)))
         tile = old // 32
-        _store_tiles(y, 1.0, words + tile * w_st, w_st, scales + tile * s_st, s_st, 1, D, BITS, KEY, STEP)
+        _put_words(
+            _get_words(codes0, BITS, KEY), _get_words(codes1, BITS, KEY), words + tile * w_st, w_st, 1,
+            D, 1, BITS, KEY,
+        )  # fmt: skip
+        _put_scales(scale, 1.0, scales + tile * s_st, s_st, token, 1)
 
 
 @triton.jit(do_not_specialize=["k_tiles", "v_tiles"])
 def step_kernel(
     k, v, k_sinks, v_sinks, k_recent, v_recent, k_words, k_scales, v_words, v_scales,
     key_map, key_shift, value_map, value_shift, length, start,
-    k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, e_sb, e_sh, e_sn, e_sd, r_sb, r_sh, r_sn, r_sd,
+    k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, e_sb, e_sh, e_sn, r_sb, r_sh, r_sn,
     kw_sb, kw_sh, kw_st, ks_sb, ks_sh, ks_st, vw_sb, vw_sh, vw_st, vs_sb, vs_sh, vs_st,
     heads, q, k_tiles, v_tiles, capacity, sinks, window,
     D: tl.constexpr, DP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
@@ -450,14 +466,14 @@ def step_kernel(
         _step_side(
             k + b * k_sb + h * k_sh, k_sinks + at_sink, k_recent + at_ring, k_words + b * kw_sb + h * kw_sh,
             k_scales + b * ks_sb + h * ks_sh, key_map + h * D * D, key_shift + h * D, q, skip, before, old, new,
-            k_tiles, k_sn, k_sd, e_sn, e_sd, r_sn, r_sd, kw_st, ks_st, sinks, capacity,
+            k_tiles, k_sn, e_sn, r_sn, kw_st, ks_st, sinks, capacity,
             D, DP, K_BITS, True, K_STEP, Q, KC, OPERAND,
         )  # fmt: skip
     else:
         _step_side(
             v + b * v_sb + h * v_sh, v_sinks + at_sink, v_recent + at_ring, v_words + b * vw_sb + h * vw_sh,
             v_scales + b * vs_sb + h * vs_sh, value_map + h * D * D, value_shift + h * D, q, skip, before, old, new,
-            v_tiles, v_sn, v_sd, e_sn, e_sd, r_sn, r_sd, vw_st, vs_st, sinks, capacity,
+            v_tiles, v_sn, e_sn, r_sn, vw_st, vs_st, sinks, capacity,
             D, DP, V_BITS, False, V_STEP, Q, KC, OPERAND,
         )  # fmt: skip
 
@@ -475,6 +491,10 @@ def _words(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return codes.view(torch.int32)
 
 
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _padded(dim: int) -> int:
     return max(32, triton.next_power_of_2(dim))
 
@@ -483,7 +503,7 @@ def launch_options(dim: int, wide: bool) -> dict[str, int]:
     """Block sizes of `encode_kernel`; wide: a chip with wgmma and more than 200 KiB of shared memory."""
     padded = _padded(dim)
     warps = 4 if padded <= 128 and wide else 8
-    return {"TILES": 2, "KC": 32, "num_warps": warps, "num_stages": 2 if padded <= 128 else 1}
+    return {"TILES": 4, "KC": 32, "num_warps": warps, "num_stages": 2 if padded <= 128 else 1}
 
 
 def _wide(device: torch.device) -> bool:
@@ -500,7 +520,8 @@ def _encode_many(x, ring, codes, scales, map, shift, length, start, tiles, sinks
     per_program = max(1, triton.cdiv(blocks * batch * heads, (2 if dim <= 128 else 1) * cores))
     encode_kernel[(batch * heads, triton.cdiv(blocks, per_program))](
         x, ring, words, scales, map, shift, length, start,
-        *x.stride(), *(ring.stride() if ring is not None else (0, 0, 0, 0)), *words.stride()[:3], *scales.stride()[:3],
+        *x.stride()[:3], *(ring.stride()[:3] if ring is not None else (0, 0, 0)), *words.stride()[:3],
+        *scales.stride()[:3],
         heads, n, codes.shape[2], ring.shape[2] if ring is not None else 1, sinks, window, per_program,
         D=dim, DP=_padded(dim), BITS=book.bits, KEY=key, STEP=book.step,
         RING=ring is not None, OPERAND=_operand(), **options,
@@ -526,6 +547,7 @@ def encode(
     codes = torch.empty(batch, heads, tiles, TILE * dim * book.bits // 8, dtype=torch.uint8, device=x.device)
     scales = torch.empty(batch, heads, tiles, TILE, dtype=torch.float16, device=x.device)
     if codes.numel():
+        x = _unit_stride(x)
         map, shift = map.contiguous(), shift.contiguous()
         _encode_many(x, None, codes, scales, map, shift, None, None, tiles, 0, 0, role == "key", book)
     return codes, scales
@@ -551,17 +573,20 @@ def append_(
         raise ValueError(f"expected a ring of at least window + 64 = {window + 64} slots, got {capacity}; enlarge it")
     if k_sinks.stride() != v_sinks.stride() or k_recent.stride() != v_recent.stride():
         raise ValueError("expected sinks (and rings) of keys and values to have equal strides; allocate them alike")
+    if any(t.stride(-1) != 1 for t in (k_sinks, k_recent)):
+        raise ValueError("expected sinks and rings contiguous along their last dimension; allocate them so")
     if k.dtype != k_recent.dtype or v.dtype != v_recent.dtype:
         raise ValueError(
             f"expected new tokens of the ring's dtype {k_recent.dtype}, got {k.dtype} and {v.dtype}; convert them first"
         )
+    k, v = _unit_stride(k), _unit_stride(v)
     maps = [m.contiguous() for m in (key_map, key_shift, value_map, value_shift)]
     padded = _padded(dim)
     if q <= STEP_TOKENS:
         k_words, v_words = _words(k_codes, k_scales), _words(v_codes, v_scales)
         step_kernel[(batch * heads, 2)](
             k, v, k_sinks, v_sinks, k_recent, v_recent, k_words, k_scales, v_words, v_scales, *maps, length, start,
-            *k.stride(), *v.stride(), *k_sinks.stride(), *k_recent.stride(), *k_words.stride()[:3],
+            *k.stride()[:3], *v.stride()[:3], *k_sinks.stride()[:3], *k_recent.stride()[:3], *k_words.stride()[:3],
             *k_scales.stride()[:3], *v_words.stride()[:3], *v_scales.stride()[:3],
             heads, q, k_codes.shape[2], v_codes.shape[2], capacity, sinks, window,
             D=dim, DP=padded, K_BITS=key_book.bits, V_BITS=value_book.bits, K_STEP=key_book.step,
@@ -578,6 +603,6 @@ def append_(
         k, v = k.contiguous(), v.contiguous()
     rows = 32
     write_kernel[(batch * heads, triton.cdiv(sinks + min(q, capacity), rows), 2)](
-        k, v, k_sinks, v_sinks, k_recent, v_recent, length, start, *k.stride(), *k_sinks.stride(), *k_recent.stride(),
-        heads, q, capacity, sinks, window, D=dim, DP=padded, ROWS=rows, num_warps=4,
+        k, v, k_sinks, v_sinks, k_recent, v_recent, length, start,
+        *k.stride()[:3], *k_sinks.stride()[:3], *k_recent.stride()[:3], heads, q, capacity, sinks, window, D=dim, DP=padded, ROWS=rows, num_warps=4,
     )  # fmt: skip

@@ -1,65 +1,99 @@
-"""From packed words to tensor-core operands in registers: the PTX that unpacks, and the layouts it ends in (Gluon).
+"""From packed words to tensor-core operands in registers: the PTX that unpacks (Gluon).
 
-packing.py puts the codes of a lane in the order in which that lane feeds them to the tensor cores, so unpacking never
-moves data between lanes.  Every function here works on planes: tensors of 4 * D bytes, D / 8 consecutive bytes
-per lane of the single warp.  `pack=4` hands the assembly one 32-bit register per four bytes; a group is the
-same register of all planes.  After a shift and a mask each nibble selects a byte of the 8-byte
-table in two registers (PRMT), four codes at once; eight such results, r = 0..7, are the 32 codes of a group.
+packing.py puts the codes of a lane in the order in which that lane feeds them to the tensor cores, and gives them even
+levels, so unpacking neither moves data between lanes nor looks anything up: one AND cuts a field out of four bytes
+(keys) or two halves (values), and what is left is the operand register, a power of two too large.  Every function here
+works on planes: tensors of 4 * D bytes, D / 8 consecutive bytes per lane of the single warp.  `pack=4` hands the
+assembly one 32-bit register per four bytes; a group is the same register of all planes.
 """
 
 from functools import lru_cache
 
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+FIELD = {1: 0x1, 2: 0x3, 3: 0xE, 4: 0xF}  # of a code in its nibble
 
-def _half(register: str, low: int, table: str) -> list[str]:
-    """PRMT of nibbles 0-3 and 4-7 of `register` into outputs low and low + 1."""
+
+@gluon.constexpr_function
+def units(bits: int) -> tuple[int, int, int, int]:
+    """The power of two by which a field is too large: of keys for token tile i = 0..3, of values for dim block m."""
+    if bits == 8:
+        return (1, 1, 1, 1)
+    even, odd = {1: (1, 2), 2: (1, 4), 3: (2, 2), 4: (1, 1)}[bits]
+    return even, odd, 16 * even, 16 * odd
+
+
+@gluon.constexpr_function
+def double_starts(bits: int) -> tuple[int, int, int, int]:
+    """Twice what a score starts at, in sums of the integer query, so that fields count from the middle level.
+
+    A field of unit u holds u * code = u * (level + (2**bits - 1) / 2), or u * (level - 1/2) where its highest bit is
+    the sign of the byte (packing.KEY_FLIP).
+    """
+    if bits == 8:
+        return (0, 0, 0, 0)
+    a, b, c, d = (u if u << bits == 256 else -((1 << bits) - 1) * u for u in units(bits))
+    return a, b, c, d
+
+
+def _spare(words: list[str]) -> list[str]:
+    """x = the nibbles of the fourth word at 3 bits; bit 0 of each nibble is rubbish."""
     return [
-        f"prmt.b32 ${low}, {table}, {register};",
-        f"shr.b32 u, {register}, 16;",
-        f"prmt.b32 ${low + 1}, {table}, u;",
-    ]
+        f"shl.b32 x, {words[2]}, 1;", f"shl.b32 y, {words[1]}, 2;", "lop3.b32 x, 0x44444444, y, x, 0xCA;",
+        f"shl.b32 y, {words[0]}, 3;", "lop3.b32 x, 0x88888888, y, x, 0xCA;",
+    ]  # fmt: skip
 
 
 @lru_cache
-def unpack_asm(bits: int, value: bool) -> str:
-    """PTX: `bits` words -> 8 registers of four table bytes (4 bits: with the sign applied).
-
-    Operands: $0-$7 results, then the words, then four copies each of the low and the high half of the table.
-    """
-    w = [f"${8 + i}" for i in range(bits)]
-    table = f"${8 + bits}, ${12 + bits}"
-    body: list[str] = []
+def key_asm(bits: int) -> str:
+    """PTX: `bits` words -> 8 registers 2 i + jj of four int8 fields.  Operands: $0-$7 results, then the words."""
     if bits == 8:
         return ""  # the bytes are the operands
+    w = [f"${8 + n}" for n in range(bits)]
+    body = _spare(w) if bits == 3 else []
+    source = {4: w, 3: [*w, "x"]}.get(bits, [])
     if bits == 1:
-        body += [f"and.b32 a, {w[0]}, 0x11111111;", *_half("a", 0, table)]
-        for s in (1, 2, 3):
-            body += [f"shr.b32 a, {w[0]}, {s};", "and.b32 a, a, 0x11111111;", *_half("a", 2 * s, table)]
-    elif bits == 2:
-        for i in range(2):
-            body += [f"and.b32 a, {w[i]}, 0x33333333;", *_half("a", 4 * i, table)]
-            body += [f"shr.b32 b, {w[i]}, 2;", "and.b32 b, b, 0x33333333;", *_half("b", 4 * i + 2, table)]
-    elif bits == 3:
-        for i in range(3):
-            body += [f"and.b32 a, {w[i]}, 0x77777777;", *_half("a", 2 * i, table)]
-        body += [f"shr.b32 a, {w[0]}, 3;", "and.b32 a, a, 0x11111111;"]
-        body += [f"shr.b32 b, {w[1]}, 2;", "lop3.b32 a, b, 0x22222222, a, 0xEA;"]
-        body += [f"shr.b32 b, {w[2]}, 1;", "lop3.b32 a, b, 0x44444444, a, 0xEA;", *_half("a", 6, table)]
-    else:
-        for i in range(4):
-            body += [f"and.b32 a, {w[i]}, 0x77777777;", *_half("a", 2 * i, table), f"shl.b32 b, {w[i]}, 4;"]
-            # Selectors 8 + n replicate the top bit of byte n: the sign bits of four codes become byte masks.
-            for r, selector in ((2 * i, "0xD9C8"), (2 * i + 1, "0xFBEA")):
-                body.append(f"prmt.b32 s, b, {w[i]}, {selector};")
-                # Values: OR the e4m3 sign bit.  Keys: complement, which is minus on the half-integer grid.
-                body.append(f"lop3.b32 ${r}, s, 0x80808080, ${r}, 0xEA;" if value else f"xor.b32 ${r}, ${r}, s;")
-    return "{\n.reg .b32 a, b, u, s;\n" + "\n".join(body) + "\n}"
+        body.append(f"shr.b32 x, {w[0]}, 2;")
+    for i in range(4):
+        for jj in range(2):
+            word, shift = (source[2 * jj + i % 2], 0) if bits >= 3 else ([w[0], "x" if bits == 1 else w[-1]][jj], i % 2)
+            mask = FIELD[bits] << (bits * shift + 4 * (i // 2))
+            body.append(f"and.b32 ${2 * i + jj}, {word}, {mask * 0x01010101:#x};")
+    return "{\n.reg .b32 x, y;\n" + "\n".join(body) + "\n}"
 
 
 @lru_cache
-def unpack_constraints(bits: int) -> str:
-    return ",".join(["=&r"] * 8 + ["r"] * (bits + 8))
+def value_asm(bits: int) -> str:
+    """PTX: `bits` words -> 16 registers 2 (2 m + j0) + b1 of two fp16 fields, subnormal: field * 2 ** -24.
+
+    Operands: $0-$15 results, then the words.
+    """
+    if bits == 8:
+        return ""
+    w = [f"${16 + n}" for n in range(bits)]
+    body = _spare(w) if bits == 3 else []
+    source = {4: w, 3: [*w, "x"]}.get(bits, [])
+    for shift in range(0, 16, 2) if bits == 1 else (0, 8):
+        for j0 in range(2):
+            for b1 in range(2):
+                if bits >= 3:
+                    word, blocks = source[2 * j0 + b1], [(m, 4 * (m // 2)) for m in range(4) if 8 * (m % 2) == shift]
+                elif shift == 8 * b1 + (2 * j0 if bits == 1 else 0):
+                    word, blocks = w[j0 if bits == 2 else 0], [(m, 4 * (m // 2) + bits * (m % 2)) for m in range(4)]
+                else:
+                    continue
+                if shift:
+                    body.append(f"shr.b32 y, {word}, {shift};")
+                for m, at in blocks:
+                    mask = (FIELD[bits] << at) * 0x00010001
+                    body.append(f"and.b32 ${2 * (2 * m + j0) + b1}, {'y' if shift else word}, {mask:#x};")
+    return "{\n.reg .b32 x, y;\n" + "\n".join(body) + "\n}"
+
+
+@lru_cache
+def constraints(results: int, bits: int) -> str:
+    return ",".join(["=&r"] * results + ["r"] * bits)
 
 
 # Adding 128 to a byte and putting 0x64 above it makes the fp16 number 1024 + 128 + byte.

@@ -1,16 +1,14 @@
-"""Query preparation and the exact part of a decode step, one launch of two kinds of programs.
+"""Query preparation and, for wide windows, the exact part of a decode step: one launch of two kinds of programs.
 
 For every query head x of a row (log2 domain, c = scale * log2(e); with a soft-cap also times 2 / (cap * log2(e))):
 
-    y     = c / unit * x @ query_map            unit: grid units of the key codebook
+    y     = c / unit * x @ query_map            unit: 127 for 8-bit keys, whose levels are code / 127, else 1
     bias  = c * x . key_shift                   what packed scores lack against exact ones
     exact = softmax over CHUNK of the exact tokens (sinks, then the recent ring): maximum, sum, un-normalised output
 
-y is written either as float32 (portable splits) or as 15-bit integers in two int8 rows: y = step * (128 hi + lo), the
-form in which the integer tensor cores read it twice for free (hi in rows 0-7, lo in rows 8-15 of an m16 operand).
-Grid: first heads * ceil(B * G / 16) programs that prepare 16 queries of one KV head, taken across the batch; then, if
-EXACT (the Gluon kernel attends to 16-bit windows itself), one program for each (row, KV head, 16 of its query heads,
-chunk of exact tokens).
+Grid: first heads * ceil(B * G / 16) * D / COLUMNS programs that map 16 queries of one KV head, taken across the batch,
+to COLUMNS dimensions, so that no program waits for a whole map; then, if EXACT (the Gluon kernel attends to 16-bit
+windows itself), one program for each (row, KV head, 16 of its query heads, chunk of exact tokens).
 """
 
 import triton
@@ -31,55 +29,35 @@ def packed_count(n, sinks, window, capacity):
 
 @triton.jit
 def _prepare(
-    pid, q, query_map, key_shift, rotated, meta, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
-    k_low, k_high, v_low, v_high, K_HALF: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    KC: tl.constexpr, SPLIT_INT8: tl.constexpr,
+    pid, q, query_map, key_shift, rotated, bias, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Map 16 queries of KV head pid % heads."""
+    """Map 16 queries of KV head pid % heads to dimensions COLUMNS * (pid // heads % (D / COLUMNS)) and on."""
+    PARTS: tl.constexpr = D // COLUMNS
     h = (pid % heads).to(tl.int64)
-    index = pid // heads * 16 + tl.arange(0, 16)
+    part = pid // heads % PARTS
+    index = pid // (heads * PARTS) * 16 + tl.arange(0, 16)
     b = (index // G).to(tl.int64)
     g = index % G
     live = b < batch
     dims = tl.arange(0, DP)
     in_dim = dims < D
-    p_q = q + b[:, None] * stride_qb + (h * G + g)[:, None] * stride_qh
-    y = tl.zeros([16, DP], tl.float32)
-    bias = tl.zeros([16], tl.float32)
-    for k in tl.static_range(0, D, KC):
-        inner = k + tl.arange(0, KC)
-        # [16, KC], [KC, DP]
-        x = tl.load(p_q + inner[None, :], mask=live[:, None], other=0.0).to(tl.float32)
-        part = tl.load(query_map + h * D * D + inner[:, None] * D + dims[None, :], mask=in_dim[None, :], other=0.0)
-        y += tl.dot(x, part, input_precision="tf32x3")
-        bias += tl.sum(x * tl.load(key_shift + h * D + inner)[None, :], axis=1)
-    y *= factor * inverse_unit
-    bias *= factor
-
-    TILES: tl.constexpr = (G + 7) // 8
-    bh = b * heads + h
-    p_meta = meta + (bh * TILES + g // 8) * 32 + g % 8
-    write = live[:, None] & in_dim[None, :]
-    if SPLIT_INT8:
-        step = tl.max(tl.abs(y), axis=1) / 127.0
-        y = y * (1.0 / tl.maximum(step, 1e-37))[:, None]
-        # Adding 1.5 * 2**23 rounds to the nearest integer.
-        hi = (y + 12582912.0) - 12582912.0
-        lo = ((y - hi) * 128.0 + 12582912.0) - 12582912.0
-        p_hi = rotated + ((bh * TILES + g // 8) * 16 + g % 8)[:, None] * D + dims[None, :]
-        tl.store(p_hi, hi.to(tl.int8), mask=write)
-        tl.store(p_hi + 8 * D, lo.to(tl.int8), mask=write)
-        tl.store(p_meta, step / 128.0, mask=live)
-        # 4-bit key levels are grid + 1/2: half the sum of the query is where the integer score starts.
-        tl.store(p_meta + 16, tl.sum(hi * 128.0 + lo, axis=1) * K_HALF, mask=live)
-        # The table words of this head's tiles, twice (decode_gluon._table_word); every head of a tile writes all.
-        for i in tl.static_range(8):
-            word = k_low if i % 4 == 0 else k_high if i % 4 == 1 else v_low if i % 4 == 2 else v_high
-            bits = tl.full([16], 0, tl.int32) + word
-            tl.store(p_meta - g % 8 + 24 + i, bits.to(tl.float32, bitcast=True), mask=live)
-    else:
-        tl.store(rotated + (bh * G + g)[:, None] * D + dims[None, :], y, mask=write)
-    tl.store(p_meta + 8, bias, mask=live)
+    column = part * COLUMNS + tl.arange(0, COLUMNS)
+    # [16, DP], [DP, COLUMNS]
+    x = tl.load(
+        q + b[:, None] * stride_qb + (h * G + g)[:, None] * stride_qh + dims[None, :],
+        mask=live[:, None] & in_dim[None, :], other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    p_map = query_map + h * D * D + dims[:, None] * D + column[None, :]
+    map = tl.load(p_map, mask=in_dim[:, None], other=0.0)
+    y = tl.dot(x, map, input_precision="tf32x3")
+    if PDL:  # the splits may be launched, now that their loads cannot delay those above; they wait for this launch
+        tl.extra.cuda.gdc_launch_dependents()
+    row = (b * heads + h) * G + g
+    tl.store(rotated + row[:, None] * D + column[None, :], y * (factor * inverse_unit), mask=live[:, None])
+    if part == 0:
+        shift = tl.load(key_shift + h * D + dims, mask=in_dim, other=0.0)
+        tl.store(bias + row, tl.sum(x * shift[None, :], axis=1) * factor, mask=live)
 
 
 @triton.jit
@@ -143,28 +121,24 @@ def _attend_exact(
 
 @triton.jit
 def prepare_kernel(
-    q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, meta, exact_o, exact_ml,
+    q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, exact_o, exact_ml,
     stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
-    batch, heads, sinks, window, capacity, chunks, factor, inverse_unit, cap, k_low, k_high, v_low, v_high,
-    K_HALF: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr,
-    SPLIT_INT8: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    batch, heads, sinks, window, capacity, chunks, factor, inverse_unit, cap,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr,
+    SOFTCAP: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See the module docstring.
 
-    rotated: int8 [B * H, tiles of 8 heads, 16, D] or float32 [B * Hq, D]; meta: float32 [B * H, tiles of 8, 4, 8] with
-    rows step, bias, integer start value of a score, table words (bits); exact_o: float32 [B * H, chunks, G, D], not
-    written where a chunk is empty; exact_ml: float32 [2, B * H, chunks, G].
+    rotated: float32 [B * Hq, D]; bias: float32 [B * Hq]; exact_o: float32 [B * H, chunks, G, D], not written where a
+    chunk is empty; exact_ml: float32 [2, B * H, chunks, G].
     factor = scale * log2(e), times 2 / (cap * log2(e)) under a soft-cap.
     """
-    if PDL:  # the splits may be launched now; they wait where they need the queries
-        tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
-    maps = heads * ((batch * G + 15) // 16)
+    maps = heads * ((batch * G + 15) // 16) * (D // COLUMNS)
     if pid < maps:
         _prepare(
-            pid, q, query_map, key_shift, rotated, meta, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
-            k_low, k_high, v_low, v_high, K_HALF, G, D, DP, KC, SPLIT_INT8,
+            pid, q, query_map, key_shift, rotated, bias, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
+            G, D, DP, COLUMNS, PDL,
         )  # fmt: skip
     elif EXACT:
         _attend_exact(

@@ -59,6 +59,7 @@ ROWS = [
 
 def packed_inputs(row: Row, bits: int, seed: int) -> tuple:
     """A cache of random codes and scales, and the other arguments of tq_ao.ops.decode_attention."""
+    from tq_ao.codebook import codebook
     from tq_ao.packing import TILE, tile_bytes
     from tq_ao.reference import packed_tokens
 
@@ -73,8 +74,11 @@ def packed_inputs(row: Row, bits: int, seed: int) -> tuple:
         shape = (b, h, tiles, tile_bytes(bits, d))
         return torch.randint(0, 256, shape, generator=g, device="cuda", dtype=torch.uint8)
 
+    # What vectors of unit variance have: the spacing of levels, at 8 bits about three standard deviations.
+    unit = codebook(bits).step if bits < 8 else 3.0
+
     def scales() -> torch.Tensor:
-        return torch.rand(b, h, tiles, TILE, generator=g, device="cuda").add_(0.5).half()
+        return torch.rand(b, h, tiles, TILE, generator=g, device="cuda").add_(0.5).mul_(unit).half()
 
     cache = (codes(), scales(), codes(), scales())
     exact = (normal(b, h, SINKS, d), normal(b, h, SINKS, d), normal(b, h, RING, d), normal(b, h, RING, d))

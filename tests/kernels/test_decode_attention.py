@@ -144,12 +144,12 @@ def test_every_split_is_merged(rng: torch.Generator) -> None:
     from tq_ao.kernels import decode_attention as module
 
     case = Case(lengths=(300, 5), heads=1)
-    old = module.split_count
-    module.split_count = lambda *_: 7
+    old = module.plan
+    module.plan = lambda *_: (7, 32, 0)
     try:
         assert error(case, make(case, rng), module.decode_attention, "triton") < 3e-5
     finally:
-        module.split_count = old
+        module.plan = old
 
 
 def test_capacity_beyond_the_length(rng: torch.Generator) -> None:

@@ -17,17 +17,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 POINTERS = {
-    "rotated": "*i8", "meta": "*fp32", "k_codes": "*i8", "v_codes": "*i8", "k_scales": "*fp16", "v_scales": "*fp16",
+    "rotated": "*fp32", "bias": "*fp32", "q_exact": "*bf16", "k_codes": "*i8", "v_codes": "*i8", "k_scales": "*fp16", "v_scales": "*fp16",
     "q": "*bf16", "k_sinks": "*bf16", "v_sinks": "*bf16", "k_recent": "*bf16", "v_recent": "*bf16", "length": "*i64",
     "start": "*i64", "split_o": "*fp32", "split_ml": "*fp32", "exact_o": "*fp32", "exact_ml": "*fp32",
     "query_map": "*fp32", "key_shift": "*fp32", "output_map": "*fp32", "value_shift": "*fp32", "sink_logits": "*fp32",
-    "merged": "*fp32", "out": "*bf16", "k_levels": "*fp16", "v_levels": "*fp16",
+    "out": "*bf16",
     "factor": "fp32", "cap": "fp32", "inverse_unit": "fp32",
 }  # fmt: skip
 
 
 def _signature(names: list[str], constants: dict, words: str) -> tuple[dict, dict]:
-    types = POINTERS | {"k_codes": words, "v_codes": words, "rotated": "*fp32" if words == "*i32" else "*i8"}
+    types = POINTERS | {"k_codes": words, "v_codes": words}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name.startswith("stride_")]
     return signature, {(i,): [["tt.divisibility", 16]] for i in aligned}
@@ -49,15 +49,15 @@ def _compile(case: dict):
         from triton.experimental.gluon._runtime import GluonASTSource
 
         from tq_ao.kernels.decode_gluon import gluon_splits_kernel as fn
-        from tq_ao.kernels.fragments import unpack_asm, unpack_constraints
+        from tq_ao.kernels.fragments import constraints, key_asm, value_asm
 
         k_bits, v_bits = case["bits"]
         config = host.configure(dim, -(-group // 8), k_bits, v_bits)
         constants = {
             "G": group, "D": dim, "K_BITS": k_bits, "V_BITS": v_bits, "HT": config.head_tiles, "TILES": config.tiles,
-            "STAGES": config.stages, "SOFTCAP": softcap, "PDL": case["arch"] >= 90, "K_ASM": unpack_asm(k_bits, False),
-            "K_CONSTRAINTS": unpack_constraints(k_bits), "V_ASM": unpack_asm(v_bits, True),
-            "V_CONSTRAINTS": unpack_constraints(v_bits), "num_warps": 1,
+            "STAGES": config.stages, "SOFTCAP": softcap, "PDL": case["arch"] >= 90, "K_ASM": key_asm(k_bits),
+            "K_CONSTRAINTS": constraints(8, k_bits), "V_ASM": value_asm(v_bits),
+            "V_CONSTRAINTS": constraints(16, v_bits), "num_warps": 1,
         }  # fmt: skip
         signature, attrs = _signature(fn.arg_names, constants, "*i8")
         source = GluonASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
@@ -71,13 +71,16 @@ def _compile(case: dict):
         from tq_ao.kernels.query import prepare_kernel as fn
 
         constants = {
-            "K_HALF": 0.5, "G": group, "D": dim, "DP": padded, "KC": 32, "SPLIT_INT8": True, "SOFTCAP": softcap,
-            "EXACT": True, "CHUNK": host.CHUNK, "PRECISION": "tf32", "PDL": False,
+            "G": group, "D": dim, "DP": padded, "COLUMNS": 32, "SOFTCAP": softcap, "EXACT": True, "CHUNK": host.CHUNK,
+            "PRECISION": "tf32", "PDL": False,
         }  # fmt: skip
     else:
         from tq_ao.kernels.combine import combine_kernel as fn
 
-        constants = {"G": group, "D": dim, "DP": padded, "R": 16, "SLOTS": 32, "KC": 32, "HAS_SINK": True, "PDL": False}
+        constants = {
+            "G": group, "D": dim, "DP": padded, "COLUMNS": min(padded, 128), "R": 16, "SLOTS": 64, "HAS_SINK": True,
+            "PDL": False,
+        }  # fmt: skip
     signature, attrs = _signature(fn.arg_names, constants, "*i32" if case["kernel"] == "portable" else "*i8")
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=target, options={"num_warps": 8, "num_stages": 1}), None

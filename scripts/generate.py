@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import tq_ao.quiet  # noqa: F401 - importing tq_ao registers the packed cache with transformers
-from tq_ao.cache import TurboQuantCache, head_dim
+from tq_ao.cache import GENERATE_CACHE, TurboQuantCache, head_dim
 
 
 def main() -> int:
@@ -48,7 +48,7 @@ def main() -> int:
     seconds = time.perf_counter() - began
     new = out.sequences.shape[1] - inputs["input_ids"].shape[1]
     print(f"\n{new} tokens in {seconds:.1f} s: {new / seconds:.1f} tokens/s (prefill included)")
-    prove(model, out.past_key_values)
+    prove(model, out[GENERATE_CACHE])
     return 0
 
 

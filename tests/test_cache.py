@@ -28,7 +28,7 @@ def teacher_forced(model, ids, cache, chunks):
     out, at = [], 0
     with torch.no_grad():
         for size in chunks:
-            out.append(model(ids[:, at : at + size], past_key_values=cache, use_cache=True).logits)
+            out.append(model(ids[:, at : at + size], **{tiny.CACHE: cache}, use_cache=True).logits)
             at += size
     return torch.cat(out, 1)
 
@@ -65,7 +65,7 @@ def test_prefill_attends_exact_keys(rng):
         exact = model(ids, use_cache=False).logits
         quantize_kv_(model, TurboQuantConfig(bits=1, window=0, sinks=0))
         packed = model(ids)
-    assert isinstance(packed.past_key_values, TurboQuantCache)
+    assert isinstance(packed[tiny.CACHE], TurboQuantCache)
     assert relative(packed.logits, exact) < 1e-5
 
 
@@ -144,9 +144,9 @@ def test_padding_inside_a_row_is_refused_when_the_cache_is_continued(rng):
     cache, mask = model.turboquant.make_cache(), torch.ones(1, 40, dtype=torch.long)
     mask[0, 30:] = 0
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **{tiny.CACHE: cache})
         with pytest.raises(ValueError, match="left padding"):
-            model(ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1]], 1), past_key_values=cache)
+            model(ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1]], 1), **{tiny.CACHE: cache})
 
 
 MODES = {
@@ -163,7 +163,7 @@ def generate(model, ids, seed, max_len, **options):
     """Tokens of a decoding mode through a growing or (max_len) a static packed cache, or the model's own."""
     torch.manual_seed(seed)
     cache = model.turboquant.make_cache(max_len) if hasattr(model, "turboquant") else None
-    return model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=40, **options)
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **{tiny.CACHE: cache}, max_new_tokens=40, **options)
 
 
 @pytest.mark.parametrize("max_len", [None, 256])
@@ -197,9 +197,10 @@ def test_other_modes_run_with_most_of_the_text_packed(mode, rng, seed):
     assert (growing == static).float().mean() > 0.8
 
 
-def test_assisted_decoding(rng):
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_assisted_decoding(kind, rng):
     """The assistant's guesses are verified in chunks and taken back by crops: the text is the model's own."""
-    model, assistant, ids = tiny.model(), tiny.model(), prompt(rng)
+    model, assistant, ids = tiny.model(kind), tiny.model(kind), prompt(rng)
     quantize_kv_(model, TurboQuantConfig(bits=1, window=150, sinks=SINKS))
     quantize_kv_(assistant, THREE)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False, "suppress_tokens": [0]}
@@ -216,7 +217,7 @@ def test_dequantize_is_never_called(monkeypatch, rng):
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=50, do_sample=False, return_dict_in_generate=True
     )
-    key, _ = out.past_key_values.layers[0].tensors()
+    key, _ = out[tiny.CACHE].layers[0].tensors()
     with pytest.raises(AssertionError, match="dequantize was called"):
         key.dequantize()
 
@@ -245,7 +246,7 @@ def test_mixed_schedule_with_an_exact_layer(rng):
             cache_implementation=implementation,
             return_dict_in_generate=True,
         )
-        kinds = [type(layer).__name__ for layer in out.past_key_values.layers]
+        kinds = [type(layer).__name__ for layer in out[tiny.CACHE].layers]
         assert kinds[:2] == ["TurboQuantLayer"] * 2 and kinds[2] in ("DynamicLayer", "StaticLayer")
 
 
@@ -315,7 +316,7 @@ def test_padding_longer_than_the_first_chunks(chunks, max_len, rng):
     with torch.no_grad():
         for size in chunks:
             at += size
-            model(ids[:, at - size : at], attention_mask=mask[:, :at], past_key_values=cache)
+            model(ids[:, at - size : at], attention_mask=mask[:, :at], **{tiny.CACHE: cache})
     assert cache.layers[0].start.tolist() == [0, 50]
 
 
@@ -325,12 +326,12 @@ def test_padding_that_changes_is_refused(rng):
     cache, mask = model.turboquant.make_cache(), torch.ones(2, 60, dtype=torch.long)
     mask[1, :20] = 0
     with torch.no_grad():
-        model(ids[:, :40], attention_mask=mask[:, :40], past_key_values=cache)
+        model(ids[:, :40], attention_mask=mask[:, :40], **{tiny.CACHE: cache})
         with pytest.raises(ValueError, match="covers all 60 tokens"):
-            model(ids[:, 40:], attention_mask=mask[:, 40:], past_key_values=cache)
-        model(ids[:, 40:50], attention_mask=torch.ones_like(mask)[:, :50], past_key_values=cache)
+            model(ids[:, 40:], attention_mask=mask[:, 40:], **{tiny.CACHE: cache})
+        model(ids[:, 40:50], attention_mask=torch.ones_like(mask)[:, :50], **{tiny.CACHE: cache})
         with pytest.raises(ValueError, match="same left padding"):
-            model(ids[:, 50:], attention_mask=mask, past_key_values=cache)
+            model(ids[:, 50:], attention_mask=mask, **{tiny.CACHE: cache})
 
 
 @pytest.mark.parametrize("max_len", [None, 512])
@@ -351,7 +352,7 @@ def test_multi_turn_reuse_of_one_cache(rng):
     cache = model.turboquant.make_cache()
     for _ in range(3):
         text = model.generate(
-            text, attention_mask=torch.ones_like(text), past_key_values=cache, max_new_tokens=20, do_sample=False
+            text, attention_mask=torch.ones_like(text), **{tiny.CACHE: cache}, max_new_tokens=20, do_sample=False
         )
         assert cache.get_seq_length() == text.shape[1] - 1
         text = torch.cat([text, prompt(rng, 1, 15)], 1)
@@ -441,13 +442,13 @@ def test_static_cache_is_reused_between_generate_calls_unless_kept(rng):
         "cache_implementation": "static",
         "return_dict_in_generate": True,
     }
-    kept = model.generate(ids, **options).past_key_values
+    kept = model.generate(ids, **options)[tiny.CACHE]
     length = int(kept.get_seq_length())
-    other = model.generate(ids[:, :50], **{**options, "attention_mask": torch.ones(1, 50)}).past_key_values
+    other = model.generate(ids[:, :50], **{**options, "attention_mask": torch.ones(1, 50)})[tiny.CACHE]
     assert other is not kept and int(kept.get_seq_length()) == length
     pointer = other.layers[0].k_codes.data_ptr()
     del other
-    assert model.generate(ids, **options).past_key_values.layers[0].k_codes.data_ptr() == pointer
+    assert model.generate(ids, **options)[tiny.CACHE].layers[0].k_codes.data_ptr() == pointer
 
 
 def test_other_caches_can_still_be_asked_for(rng):
@@ -456,7 +457,7 @@ def test_other_caches_can_still_be_asked_for(rng):
     quantize_kv_(model, TurboQuantConfig(bits=1, window=0, sinks=0))
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=128)):
         again = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=10, do_sample=False
+            ids, attention_mask=torch.ones_like(ids), **{tiny.CACHE: cache}, max_new_tokens=10, do_sample=False
         )
         assert torch.equal(again, exact)
 
@@ -470,11 +471,11 @@ def test_errors_name_what_to_do(rng):
     model = tiny.model()
     quantize_kv_(model, THREE)
     with torch.no_grad(), pytest.raises(ValueError, match="max_cache_len=64"):
-        model(prompt(rng, 1, 65), past_key_values=model.turboquant.make_cache(64))
+        model(prompt(rng, 1, 65), **{tiny.CACHE: model.turboquant.make_cache(64)})
     cache = model.turboquant.make_cache(64)
     teacher_forced(model, prompt(rng, 2, 10), cache, [10])
     with torch.no_grad(), pytest.raises(ValueError, match="batch size 2, got 1"):
-        model(prompt(rng, 1, 3), past_key_values=cache)
+        model(prompt(rng, 1, 3), **{tiny.CACHE: cache})
     with pytest.raises(ValueError, match=r"crop\(-n\)"):
         cache.crop(3)
     with pytest.raises(NotImplementedError, match="not offloaded"):
@@ -487,6 +488,9 @@ def test_nothing_warns_in_ordinary_use(rng):
         warnings.simplefilter("error")
         quantize_kv_(model, THREE)
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+        teacher_forced(model, ids, model.turboquant.make_cache(), [60, 30])
+        with torch.no_grad():
+            model(ids)
 
 
 def test_a_gain_in_the_read_out_is_not_applied_twice_after_a_deep_crop(rng):

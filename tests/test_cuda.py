@@ -16,7 +16,7 @@ def forced(model, ids, cache, chunks):
     out, at = [], 0
     with torch.no_grad():
         for size in chunks:
-            out.append(model(ids[:, at : at + size], past_key_values=cache, use_cache=True).logits)
+            out.append(model(ids[:, at : at + size], **{tiny.CACHE: cache}, use_cache=True).logits)
             at += size
     return torch.cat(out, 1)
 
@@ -41,7 +41,7 @@ def test_generate_compiles_decode_and_padded_rows_are_their_own_runs(cuda):
     options = {"max_new_tokens": 60, "do_sample": False}
     torch._dynamo.utils.counters.clear()
     out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
-    assert isinstance(out.past_key_values, TurboQuantCache) and out.past_key_values.is_compileable
+    assert isinstance(out[tiny.CACHE], TurboQuantCache) and out[tiny.CACHE].is_compileable
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     assert not torch._dynamo.utils.counters["graph_break"]
     eager = model.generate(ids, attention_mask=mask, disable_compile=True, **options)

@@ -17,7 +17,7 @@ tokenizer = AutoTokenizer.from_pretrained("tester/smollm2-tq3")
 prompt = "The capital of France is Paris. The capital of Italy is Rome. " * 16 + "The capital of France is"
 inputs = tokenizer(prompt, return_tensors="pt")
 out = model.generate(**inputs, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
-cache = out.past_key_values
+cache = out["cache" if "cache" in out else "past_key_values"]
 packed = sum(layer.k_codes.any().item() for layer in cache.packed_layers())
 print(type(cache).__name__, packed, model.turboquant.quantization.transforms)
 print(tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1]:]))

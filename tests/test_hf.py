@@ -7,10 +7,20 @@ import sys
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, T5Config, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DynamicCache,
+    LlamaForCausalLM,
+    LlamaModel,
+    T5Config,
+    pipeline,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from tq_ao import LayerMaps, TurboQuantCache, TurboQuantConfig, hf, quantize_kv_
+from tq_ao.cache import CACHE_NAMES
 from tq_ao.config import TRANSFORMS_FILE, LayerScheme
 from tq_ao.rotation import rotations
 
@@ -67,8 +77,8 @@ def test_calibrated_maps_are_applied_at_both_ends(rng):
     model, ids = tiny.model(), ids_for(rng)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :-1], past_key_values=cache)
-        exact = model(ids[:, -1:], past_key_values=cache).logits
+        model(ids[:, :-1], **{tiny.CACHE: cache})
+        exact = model(ids[:, -1:], **{tiny.CACHE: cache}).logits
         error = {}
         for name in ("right", "wrong"):
             maps = {i: random_maps(rng) for i in range(3)}
@@ -76,8 +86,8 @@ def test_calibrated_maps_are_applied_at_both_ends(rng):
                 maps = {i: LayerMaps(**{**m.tensors(), "query": m.key}) for i, m in maps.items()}
             hf.attach(model, TurboQuantConfig(bits=8, **SMALL), maps)
             packed = model.turboquant.make_cache()
-            model(ids[:, :-1], past_key_values=packed)
-            logits = model(ids[:, -1:], past_key_values=packed).logits
+            model(ids[:, :-1], **{tiny.CACHE: packed})
+            logits = model(ids[:, -1:], **{tiny.CACHE: packed}).logits
             error[name] = ((logits - exact).norm() / exact.norm()).item()
     assert error["right"] < 0.1 < error["wrong"], error
 
@@ -180,7 +190,7 @@ def test_attaching_again_changes_the_schedule_only(rng):
     quantize_kv_(model, TurboQuantConfig(bits=4, **SMALL))
     assert len(model.model._forward_pre_hooks) == 1
     with torch.no_grad():
-        cache = model(ids).past_key_values
+        cache = model(ids)[tiny.CACHE]
     assert cache.packed_layers()[0].scheme == LayerScheme(4, 4)
 
 
@@ -188,11 +198,72 @@ def test_plain_call_and_training(rng):
     model, ids = tiny.model(), ids_for(rng)
     quantize_kv_(model, TurboQuantConfig(**SMALL))
     with torch.no_grad():
-        assert isinstance(model(ids).past_key_values, TurboQuantCache)
-        assert model(ids, use_cache=False).past_key_values is None
+        assert isinstance(model(ids)[tiny.CACHE], TurboQuantCache)
+        assert getattr(model(ids, use_cache=False), tiny.CACHE) is None
     loss = model(ids, labels=ids).loss
     loss.backward()
     assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_the_decoder_gets_its_cache_whatever_the_caller_calls_it(name, rng):
+    """A forward takes a name it does not know for one more keyword: the cache would go unread, and unnoticed."""
+    model, ids = tiny.model(), ids_for(rng)
+    quantize_kv_(model, TurboQuantConfig(**SMALL))
+    cache = model.turboquant.make_cache()
+    with torch.no_grad():
+        assert model.model(ids, **{name: cache})[tiny.CACHE] is cache
+        assert cache.get_seq_length() == ids.shape[1]
+        assert isinstance(model.model(ids, **{name: None})[tiny.CACHE], TurboQuantCache)
+        with pytest.raises(ValueError, match="one cache, got both"):
+            model.model(ids, **dict.fromkeys(CACHE_NAMES, cache))
+
+
+def test_code_with_the_old_name_of_the_cache(rng):
+    """Models from the Hub keep it when transformers renames its own."""
+
+    class OldDecoder(LlamaModel):
+        def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **kwargs):
+            return super().forward(input_ids, attention_mask, **{tiny.CACHE: past_key_values}, **kwargs)
+
+    class OldModel(LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **kwargs):
+            given = {"past_key_values": past_key_values} if past_key_values is not None else {}
+            hidden = self.model(input_ids, attention_mask, **given, **kwargs)
+            return CausalLMOutputWithPast(
+                logits=self.lm_head(hidden.last_hidden_state), **{tiny.CACHE: hidden[tiny.CACHE]}
+            )
+
+    model, ids = tiny.model(), ids_for(rng)
+    quantize_kv_(model, TurboQuantConfig(**SMALL))
+    old = OldModel(model.config).eval()
+    old.model = OldDecoder(model.config).eval()
+    old.load_state_dict(model.state_dict())
+    quantize_kv_(old, TurboQuantConfig(**SMALL))
+    with torch.no_grad():
+        cache = old.turboquant.make_cache()
+        assert old(ids, past_key_values=cache)[tiny.CACHE] is cache and cache.get_seq_length() == ids.shape[1]
+        assert isinstance(old(ids)[tiny.CACHE], TurboQuantCache)
+    assert torch.equal(tokens(old, ids), tokens(model, ids))
+
+
+@pytest.mark.parametrize("part", ["model", "decoder"])
+def test_a_forward_that_takes_no_cache_is_refused(part):
+    class Decoder(LlamaModel):
+        def forward(self, input_ids=None, state=None, **kwargs):
+            return super().forward(input_ids, **kwargs)
+
+    class Model(LlamaForCausalLM):
+        def forward(self, input_ids=None, state=None, **kwargs):
+            return super().forward(input_ids, **kwargs)
+
+    config = tiny.config("llama")
+    model = Model(config) if part == "model" else tiny.model()
+    if part == "decoder":
+        model.model = Decoder(config)
+    with pytest.raises(ValueError, match=f"takes the KV cache as '{tiny.CACHE}', got .*state"):
+        quantize_kv_(model)
+    assert not hasattr(model, "turboquant") and not model.model._forward_pre_hooks
 
 
 def test_text_generation_pipeline(smollm2):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,6 +50,6 @@ def test_a_cache_with_nothing_packed_is_no_measurement(smollm2):
     hf.attach(model, TurboQuantConfig())
     cache = model.turboquant.make_cache()
     with torch.no_grad():
-        model(torch.arange(100)[None], past_key_values=cache)
+        model(torch.arange(100)[None], **{tiny.CACHE: cache})
     with pytest.raises(RuntimeError, match="a layer without"):
         prove_packed(cache)

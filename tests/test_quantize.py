@@ -1,6 +1,7 @@
 """torchao's quantize_ with TurboQuantKVCacheConfig."""
 
 import pytest
+import tiny
 import torch
 from torchao.core.config import config_from_dict, config_to_dict
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -57,7 +58,7 @@ def test_whole_model_is_attached_and_composes_with_weights(model: LlamaForCausal
     tokens = torch.randint(0, 64, (1, 9))
     out = model.generate(tokens, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     assert out.sequences.shape == (1, 12)
-    assert all(isinstance(layer, TurboQuantLayer) for layer in out.past_key_values.layers)
+    assert all(isinstance(layer, TurboQuantLayer) for layer in out[tiny.CACHE].layers)
 
 
 def test_attention_modules_keep_the_config_until_attached(model: LlamaForCausalLM) -> None:

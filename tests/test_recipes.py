@@ -12,7 +12,7 @@ from architectures import ARCHITECTURES, PACKED, config, small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tq_ao import TurboQuantCache, hf, recipe_table
-from tq_ao.cache import head_dim, quantizable_layers
+from tq_ao.cache import GENERATE_CACHE, head_dim, quantizable_layers
 from tq_ao.calibration import Shape, knapsack
 from tq_ao.calibration.target import meet
 from tq_ao.embedded import EMBEDDED
@@ -130,7 +130,7 @@ def test_a_small_model_of_the_architecture_converts_and_generates(path, run):
     ids = torch.arange(5, 305)[None]
     cache = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, return_dict_in_generate=True
-    ).past_key_values
+    )[GENERATE_CACHE]
     assert isinstance(cache, TurboQuantCache)
     assert prove_packed(cache) == pytest.approx(2.5 + 16 / head_dim(model.config))
     schemes = {(layer.scheme.k_bits, layer.scheme.v_bits) for layer in cache.packed_layers()}

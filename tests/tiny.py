@@ -1,5 +1,7 @@
 """Random models of a few thousand weights in real architectures, with sharp enough logits to have clear winners."""
 
+from dataclasses import fields
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -11,6 +13,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# What the installed transformers calls a cache, given to a forward or to `generate` or in what they return.
+CACHE = "cache" if "cache" in [f.name for f in fields(CausalLMOutputWithPast)] else "past_key_values"
 
 _COMMON = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -1,9 +1,11 @@
 """The KV cache transformers sees: packed layers where the schedule says so, the model's own kinds elsewhere."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     STATIC_LAYER_TYPE_MAPPING,
@@ -14,6 +16,44 @@ from transformers.cache_utils import (
 from tq_ao.cache_layer import TurboQuantLayer
 from tq_ao.config import TurboQuantConfig
 from tq_ao.rotation import MapSource
+
+# What transformers calls a model's KV cache: 5.24 renamed the second to the first, in forwards, outputs and `generate`.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def _name_in_generate() -> str:
+    parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    for name in CACHE_NAMES:
+        if name in parameters:
+            return name
+    raise ImportError(
+        f"expected transformers' generate to take the KV cache as one of {CACHE_NAMES}, got {list(parameters)}; "
+        "install a transformers version in the range tq_ao requires"
+    )
+
+
+# The name in the installed transformers: that of `generate`, of outputs, and of every model of its own.
+GENERATE_CACHE = _name_in_generate()
+
+
+def cache_argument(module: torch.nn.Module) -> str:
+    """Name of the parameter by which a module's forward takes the KV cache.
+
+    Code on the Hub may still have the old name where transformers has the new one. Not the reverse: before the
+    renaming, a parameter `cache` was something else (XLM's, for one).
+
+    Raises:
+        ValueError: a forward without that parameter.
+    """
+    forward: Callable = module.forward
+    parameters = inspect.signature(forward).parameters
+    for name in dict.fromkeys((GENERATE_CACHE, "past_key_values")):
+        if name in parameters:
+            return name
+    raise ValueError(
+        f"{type(module).__name__}: expected a forward that takes the KV cache as {GENERATE_CACHE!r}, got "
+        f"{list(parameters)}; a cache cannot reach this model, give its forward that parameter"
+    )
 
 
 def quantizable_layers(config: PreTrainedConfig) -> list[int]:

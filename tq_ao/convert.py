@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from tq_ao import __version__, hf
-from tq_ao.cache import TurboQuantCache, head_dim, quantizable_layers
+from tq_ao.cache import GENERATE_CACHE, TurboQuantCache, head_dim, quantizable_layers
 from tq_ao.calibration import calibrate
 from tq_ao.config import FORMAT, TRANSFORMS_FILE, LayerScheme, TurboQuantConfig
 from tq_ao.errors import ModelError, TextError
@@ -283,9 +283,8 @@ def _sample(job: Conversion, cache: TurboQuantCache) -> dict[str, str]:
     """Greedy text after a prompt long enough that most of it is read from packed tiles."""
     prompt = max(SAMPLE_PROMPT, job.recipe.window + job.recipe.sinks + 64)
     ids = job.verification[:1, :prompt].to(job.model.device)
-    out = job.model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=SAMPLE_TOKENS, do_sample=False
-    )
+    options = {"max_new_tokens": SAMPLE_TOKENS, "do_sample": False, GENERATE_CACHE: cache}
+    out = job.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     tail = job.tokenizer.decode(ids[0, -32:], skip_special_tokens=True)
     return {"prompt": tail, "text": job.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)}
 

@@ -14,7 +14,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from tq_ao import attention
-from tq_ao.cache import TurboQuantCache, check_shape, head_dim, quantizable_layers
+from tq_ao.cache import (
+    CACHE_NAMES,
+    GENERATE_CACHE,
+    TurboQuantCache,
+    cache_argument,
+    check_shape,
+    head_dim,
+    quantizable_layers,
+)
 from tq_ao.config import TRANSFORMS_FILE, TurboQuantConfig
 from tq_ao.quantizer import TurboQuantQuantizationConfig
 from tq_ao.rotation import LayerMaps, MapSource
@@ -118,10 +126,12 @@ def attach(
         The model; `model.turboquant` is its Attachment.
 
     Raises:
-        ValueError: a model whose attention cannot read packed K and V, a head_dim that is not a multiple of 32,
-            or a schedule for another shape.
+        ValueError: a model whose attention cannot read packed K and V or whose forward takes no cache, a head_dim
+            that is not a multiple of 32, or a schedule for another shape.
     """
     check_supported(model.config)
+    for module in (model, model.get_decoder()):
+        cache_argument(module)
     config = model.config.get_text_config(decoder=True)
     dim, layers = head_dim(config), quantizable_layers(config)
     check_shape(config, quantization)
@@ -274,29 +284,40 @@ def _prepare_cache_for_generation(
     """Our cache unless the caller passed one, wants none, or names another kind; static where generate compiles."""
     asked = generation_config.cache_implementation
     if (
-        model_kwargs.get("past_key_values") is not None
+        model_kwargs.get(GENERATE_CACHE) is not None
         or not generation_config.use_cache
         or asked not in (None, "dynamic", "static")
     ):
         type(self)._prepare_cache_for_generation(
             self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-    elif asked == "static" or (asked is None and self.device.type == "cuda"):
+        return
+    if asked == "static" or (asked is None and self.device.type == "cuda"):
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        model_kwargs["past_key_values"] = self.turboquant.static_cache(max_cache_length, rows, self.device)
+        cache = self.turboquant.static_cache(max_cache_length, rows, self.device)
     else:
-        model_kwargs["past_key_values"] = self.turboquant.make_cache()
+        cache = self.turboquant.make_cache()
+    if generation_config.is_assistant:  # its guesses are taken back: sliding layers must keep what has left them
+        cache.activate_past_recording()
+    model_kwargs[GENERATE_CACHE] = cache
 
 
 def _before_decoder(model: PreTrainedModel) -> Any:
     """Pre-hook of the decoder: a packed cache for plain calls, and each row's padding for the cache."""
+    name = cache_argument(model.get_decoder())
+    others = [other for other in CACHE_NAMES if other != name]
 
     def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        cache = kwargs.get("past_key_values")
+        for other in others:  # a forward would take it for one more keyword and never read it
+            if other in kwargs and (given := kwargs.pop(other)) is not None:
+                if kwargs.get(name) is not None:
+                    raise ValueError(f"expected one cache, got both {name!r} and {other!r}; pass {name!r} only")
+                kwargs[name] = given
+        cache = kwargs.get(name)
         use_cache = kwargs.get("use_cache")
         use_cache = module.config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache and not torch.is_grad_enabled():
-            cache = kwargs["past_key_values"] = model.turboquant.make_cache()
+            cache = kwargs[name] = model.turboquant.make_cache()
         if isinstance(cache, TurboQuantCache):
             tokens = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
             tokens = args[0] if tokens is None else tokens

@@ -80,8 +80,8 @@ def test_simulated_logits_are_those_of_the_cache(kind, bits, rng):
     ids, window = torch.randint(2, 97, (1, 100), generator=rng), 32
     cache = quantized_cache(model.config, kind, bits, window)
     with torch.no_grad():
-        want = [model(ids[:, :window], past_key_values=cache).logits]
-        want += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(window, ids.shape[1])]
+        want = [model(ids[:, :window], **{tiny.CACHE: cache}).logits]
+        want += [model(ids[:, i : i + 1], **{tiny.CACHE: cache}).logits for i in range(window, ids.shape[1])]
         with intercept(model, transformers_quantized(model.config, {0, 1, 2}, kind, bits, window=window)):
             got = model(ids, use_cache=False).logits
         plain = model(ids, use_cache=False).logits

@@ -82,7 +82,7 @@ def test_converted_folder_is_a_checkpoint_that_packs_its_cache(schedule, base, t
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     cache = model.generate(
         torch.arange(200)[None], attention_mask=torch.ones(1, 200), max_new_tokens=4, return_dict_in_generate=True
-    ).past_key_values
+    )[tiny.CACHE]
     assert isinstance(cache, tq_ao.TurboQuantCache) and cache.packed_layers()[0].k_codes.any()
     assert (out / TRANSFORMS_FILE).exists() == report["calibrated_maps"]
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from tq_ao.cache import TurboQuantCache
+from tq_ao.cache import TurboQuantCache, cache_argument
 from tq_ao.evaluation.metrics import SKIP, Metrics, TokenScores, score, summarize
 
 
@@ -43,7 +43,7 @@ def evaluate_caches(
         RuntimeError: a TurboQuantCache that holds no packed tokens after the text: nothing would have been measured.
     """
     scores: dict[str, list[TokenScores]] = {name: [] for name in make_caches}
-    device = next(model.parameters()).device
+    device, name_of_cache = next(model.parameters()).device, cache_argument(model)
     batches = windows.split(rows)
     steps = range(0, windows.shape[1], chunk)
     with tqdm(total=len(batches) * len(steps), desc="reading through the cache", disable=not progress) as bar:
@@ -52,11 +52,11 @@ def evaluate_caches(
             caches = {name: make() for name, make in make_caches.items()}
             for at in steps:
                 piece = ids[:, at : at + chunk].to(device)
-                reference = model(piece, past_key_values=exact, use_cache=True).logits
+                reference = model(piece, **{name_of_cache: exact}, use_cache=True).logits
                 positions = torch.arange(at, at + piece.shape[1])
                 kept = positions >= skip
                 for name, cache in caches.items():
-                    logits = model(piece, past_key_values=cache, use_cache=True).logits
+                    logits = model(piece, **{name_of_cache: cache}, use_cache=True).logits
                     if kept.any():
                         scores[name].append(score(reference[:, kept], logits[:, kept], ids, positions[kept]))
                 bar.update()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from tq_ao.cache import TurboQuantCache
+from tq_ao.cache import TurboQuantCache, cache_argument
 from tq_ao.config import TurboQuantConfig
 from tq_ao.evaluation.decode_kl import prove_packed
 
@@ -36,7 +36,7 @@ def decode_speed(
     caches: dict[str, Cache] = {"exact": DynamicCache(config=model.config)}
     caches |= {f"{b} bits": TurboQuantCache(model.config, TurboQuantConfig(bits=b)) for b in bits}
     for name, cache in caches.items():
-        model(ids, past_key_values=cache)
+        model(ids, **{cache_argument(model): cache})
         if isinstance(cache, TurboQuantCache):
             prove_packed(cache, name)
     times: dict[str, list[float]] = {name: [] for name in caches}
@@ -53,8 +53,9 @@ def decode_speed(
 
 
 def _steps(model: PreTrainedModel, token: torch.Tensor, cache: Cache, steps: int) -> None:
+    given = {cache_argument(model): cache}
     for _ in range(steps):
-        model(token, past_key_values=cache)
+        model(token, **given)
 
 
 def _timed(run: Callable[[], None], device: torch.device) -> float:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,11 +12,13 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     DynamicCache,
+    GenerationConfig,
     LlamaForCausalLM,
     LlamaModel,
     T5Config,
     pipeline,
 )
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
@@ -203,6 +206,19 @@ def test_plain_call_and_training(rng):
     loss = model(ids, labels=ids).loss
     loss.backward()
     assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("kind", "static"), [("llama", True), ("gemma3", False)])
+def test_on_a_gpu_guesses_go_through_a_cache_that_can_take_them_back(kind, static):
+    """Static there by default, but transformers' static sliding layers refuse to be cropped."""
+    model, given = tiny.model(kind), {}
+    quantize_kv_(model, TurboQuantConfig(**SMALL))
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), turboquant=model.turboquant)
+    asked = GenerationConfig(use_cache=True, prompt_lookup_num_tokens=4)
+    hf._prepare_cache_for_generation(on_gpu, asked, given, GenerationMode.ASSISTED_GENERATION, 1, 200)
+    assert given[tiny.CACHE].is_croppable and given[tiny.CACHE].is_compileable == static
+    hf._prepare_cache_for_generation(on_gpu, asked, given := {}, GenerationMode.GREEDY_SEARCH, 1, 200)
+    assert given[tiny.CACHE].is_compileable
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMode
 from transformers.utils import cached_file, logging
 
 from tq_ao import attention
@@ -296,6 +297,9 @@ def _prepare_cache_for_generation(
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         cache = self.turboquant.static_cache(max_cache_length, rows, self.device)
     else:
+        cache = self.turboquant.make_cache()
+    guessed = generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION
+    if guessed and asked is None and not cache.is_croppable:  # static sliding layers take no token back
         cache = self.turboquant.make_cache()
     if generation_config.is_assistant:  # its guesses are taken back: sliding layers must keep what has left them
         cache.activate_past_recording()

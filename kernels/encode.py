@@ -89,7 +89,7 @@ def _fold(x, SHIFT: tl.constexpr):
 
 @triton.jit
 def _get_words(codes, BITS: tl.constexpr, KEY: tl.constexpr):
-    """Codes [TILES * 16, DP] of half a block -> what they contribute to words of layout v2, as `_put_words` takes it."""
+    """Codes [TILES * 16, DP] of half a block -> what they add to words of layout v2, as `_put_words` takes it."""
     TILES: tl.constexpr = codes.shape[0] // 16
     R: tl.constexpr = codes.shape[1] // 32
     if KEY:
@@ -123,7 +123,7 @@ def _put_words(
     x0, x1, words, tile_stride, left,
     D: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
-    """Store the words of a block from those of its halves (i0 or b1 = 0, 1): tile i < left at words + i * tile_stride."""
+    """Store the words of a block from its halves (i0 or b1 = 0, 1): tile i < left at words + i * tile_stride."""
     G: tl.constexpr = D // 32
     group = tl.arange(0, x0.shape[len(x0.shape) - 1])
     if KEY:  # .. tile g t group
@@ -216,9 +216,7 @@ def _load_rows(rows, ok, first, D: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _mapped(
-    rows, ok, map, shift, columns, D: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr, OPERAND: tl.constexpr
-):
+def _mapped(rows, ok, map, shift, columns, D: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr, OPERAND: tl.constexpr):
     """y [N, DP] = (rows - shift) @ map[:, columns], zero where not ok, the map streamed KC rows at a time."""
     y = tl.zeros([rows.shape[0], DP], tl.float32)
     for first in range(0, DP, KC):
@@ -604,5 +602,6 @@ def append_(
     rows = 32
     write_kernel[(batch * heads, triton.cdiv(sinks + min(q, capacity), rows), 2)](
         k, v, k_sinks, v_sinks, k_recent, v_recent, length, start,
-        *k.stride()[:3], *k_sinks.stride()[:3], *k_recent.stride()[:3], heads, q, capacity, sinks, window, D=dim, DP=padded, ROWS=rows, num_warps=4,
+        *k.stride()[:3], *k_sinks.stride()[:3], *k_recent.stride()[:3], heads, q, capacity, sinks, window,
+        D=dim, DP=padded, ROWS=rows, num_warps=4,
     )  # fmt: skip

@@ -16,7 +16,6 @@ import triton
 
 from .combine import combine_kernel
 from .decode_portable import portable_splits_kernel
-from .encode import _operand
 from .query import prepare_kernel
 
 LOG2E = 1.4426950408889634
@@ -61,7 +60,7 @@ class Config(NamedTuple):
     """How the Gluon kernel is launched.
 
     Tiles of 8 query heads to a program, packed tiles to a softmax step, ring slots, register cap, programs to a
-    multiprocessor.
+    multiprocessor, steps that are on their way to L2 behind those in the ring.
     """
 
     head_tiles: int
@@ -69,6 +68,7 @@ class Config(NamedTuple):
     stages: int
     registers: int
     resident: int
+    prefetch: int = 3
 
 
 def configure(head_dim: int, head_tiles: int, k_bits: int, v_bits: int) -> Config:
@@ -82,31 +82,36 @@ def configure(head_dim: int, head_tiles: int, k_bits: int, v_bits: int) -> Confi
 
 
 class MergeConfig(NamedTuple):
-    """How `combine_kernel` is launched.
+    """How `combine_gluon_kernel` is launched.
 
-    Output columns and queries to a program, partial results at a time, warps, register cap.
+    Output columns and queries to a program, warps over queries and over partial results, partial results to a thread.
     """
 
     columns: int
-    rows: int
-    slots: int
-    warps: int
-    registers: int
+    queries: int
+    query_warps: int
+    part_warps: int
+    parts: int
 
 
 def merge_config(head_dim: int, rows: int, splits: int, multiprocessors: int) -> MergeConfig:
-    """The launch of the merge for `rows` = B * Hq queries.
+    """The launch of the merge for `rows` = B * Hq queries: a program for every multiprocessor, if possible in one go.
 
-    All programs should run at once, or they run after one another: four of four warps to a multiprocessor, two of
-    eight where vectors are long.  Few programs take more partial results at a time.
+    Many queries: warps share them, and the map is read fewer times; few queries: warps share the partial results.
     """
-    wide = head_dim > 128
-    columns = min(64, triton.next_power_of_2(head_dim))
-    programs = rows * triton.cdiv(head_dim, columns)
-    queries = min(16, triton.next_power_of_2(triton.cdiv(programs, (2 if wide else 4) * multiprocessors)))
-    if programs <= multiprocessors and splits > 32 and not wide:
-        return MergeConfig(columns, 1, slots=128, warps=16, registers=128)
-    return MergeConfig(columns, queries, slots=32, warps=8 if wide else 4, registers=128)
+    padded = triton.next_power_of_2(head_dim)
+    columns = padded if padded <= 128 else 64
+    lanes = max(1, 128 // padded)  # queries to a warp
+
+    def programs(warps: int) -> int:
+        return rows // (warps * lanes) * triton.cdiv(head_dim, columns)
+
+    if programs(4) > 3 * multiprocessors and padded <= 128:
+        return MergeConfig(columns, 8 * lanes, 8, 1, parts=4)
+    for warps in (4, 2):
+        if programs(warps) >= multiprocessors:
+            return MergeConfig(columns, warps * lanes, warps, 4 // warps, parts=8)
+    return MergeConfig(columns, lanes, 1, 8 if splits > 32 else 4, parts=8)
 
 
 def _readable_by_gluon(*exact: torch.Tensor) -> bool:
@@ -228,7 +233,7 @@ def decode_attention(
             *key_strides, *value_strides, q.stride(0), q.stride(1), *sink_strides, *recent_strides,
             heads, sinks, window, capacity, splits, here, before, chunk, factor, cap,
             G=group, D=dim, K_BITS=key_book.bits, V_BITS=value_book.bits, HT=config.head_tiles,
-            TILES=config.tiles, STAGES=config.stages, SOFTCAP=softcap > 0, PDL=pdl,
+            TILES=config.tiles, STAGES=config.stages, PREFETCH=config.prefetch, SOFTCAP=softcap > 0, PDL=pdl,
             K_ASM=key_asm(key_book.bits), K_CONSTRAINTS=constraints(8, key_book.bits),
             V_ASM=value_asm(value_book.bits), V_CONSTRAINTS=constraints(16, value_book.bits),
             num_warps=1, maxnreg=config.registers, launch_pdl=pdl,
@@ -243,11 +248,23 @@ def decode_attention(
             G=group, D=dim, DP=padded,
             K_BITS=key_book.bits, V_BITS=value_book.bits, SOFTCAP=softcap > 0, num_warps=8, num_stages=1,
         )  # fmt: skip
-    merge = merge_config(dim, rows, splits, _multiprocessors(device))
-    combine_kernel[(heads, triton.cdiv(batch * group, merge.rows), triton.cdiv(dim, merge.columns))](
-        split_o, split_ml, exact_o, exact_ml, output_map, value_shift, sink_logits if sink_logits is not None else bias,
-        out, batch, heads, splits, chunks, G=group, D=dim, DP=padded, COLUMNS=merge.columns, R=merge.rows,
-        SLOTS=merge.slots, MORE=max(splits, chunks) > merge.slots // merge.rows, HAS_SINK=sink_logits is not None,
-        OPERAND=_operand(), PDL=pdl, num_warps=merge.warps, **({"maxnreg": merge.registers, "launch_pdl": True} if pdl else {}),
+    sink = sink_logits if sink_logits is not None else bias
+    arguments = (
+        split_o, split_ml, exact_o, exact_ml, output_map, value_shift, sink, out, batch, heads, splits, chunks
     )  # fmt: skip
+    shape = {"G": group, "D": dim, "DP": padded, "HAS_SINK": sink_logits is not None}
+    if use_gluon:
+        from .combine_gluon import combine_gluon_kernel
+
+        merge = merge_config(dim, rows, splits, _multiprocessors(device))
+        combine_gluon_kernel[(heads, triton.cdiv(batch * group, merge.queries), triton.cdiv(dim, merge.columns))](
+            *arguments, **shape, COLUMNS=merge.columns, R=merge.queries, WR=merge.query_warps, WP=merge.part_warps,
+            PARTS_EACH=merge.parts, MORE=max(splits, chunks) > merge.parts * merge.part_warps, PDL=pdl,
+            num_warps=merge.query_warps * merge.part_warps, launch_pdl=pdl,
+        )  # fmt: skip
+    else:
+        columns, queries, parts = min(32, padded), 4, 8
+        combine_kernel[(heads, triton.cdiv(batch * group, queries), triton.cdiv(dim, columns))](
+            *arguments, **shape, COLUMNS=columns, R=queries, PARTS=parts, MORE=max(splits, chunks) > parts, num_warps=4,
+        )  # fmt: skip
     return out

@@ -152,17 +152,37 @@ def _fetch(
 
 
 @gluon.jit
-def _wait_for_queries():
-    """Wait for the previous launch (query.py), which this one may overlap: programmatic dependent launch, sm_90."""
+def _prefetch(p):
+    """Start moving the cache lines of pointers to L2."""
+    gl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [p], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _prefetch_step(
+    p_k, p_v, p_ks, p_vs, step, last, lane, D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr,
+    TILES: gl.constexpr,
+):  # fmt: skip
+    """Start moving the tiles of a step to L2: one line of 128 bytes to a lane."""
+    t = gl.minimum(step * TILES, last).to(gl.int64)
+    for at in gl.static_range(0, 4 * D * K_BITS * TILES, 4096):
+        _prefetch(p_k + t * (4 * D * K_BITS) + gl.minimum(lane * 128 + at, 4 * D * K_BITS * TILES - 1))
+    for at in gl.static_range(0, 4 * D * V_BITS * TILES, 4096):
+        _prefetch(p_v + t * (4 * D * V_BITS) + gl.minimum(lane * 128 + at, 4 * D * V_BITS * TILES - 1))
+    _prefetch(gl.where(lane % 2 == 0, p_ks, p_vs) + t * 32 + lane // 2 % TILES * 32)
+
+
+@gluon.jit
+def wait_for_previous():
+    """Wait for the previous launch, which this one may overlap: programmatic dependent launch, sm_90."""
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def _step(
     q, q_start, step_size, bias, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
-    step, first, end, last, packed, cap, copy_at, scale_at, token,
+    step, first, end, last, packed, cap, copy_at, scale_at, token, lane,
     D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, HT: gl.constexpr, TILES: gl.constexpr,
-    STAGES: gl.constexpr, CHUNKS: gl.constexpr, SOFTCAP: gl.constexpr, MASKED: gl.constexpr,
+    STAGES: gl.constexpr, PREFETCH: gl.constexpr, CHUNKS: gl.constexpr, SOFTCAP: gl.constexpr, MASKED: gl.constexpr,
     K_ASM: gl.constexpr, K_CONSTRAINTS: gl.constexpr, V_ASM: gl.constexpr, V_CONSTRAINTS: gl.constexpr,
     S_L: gl.constexpr, RAW: gl.constexpr,
 ):  # fmt: skip
@@ -181,6 +201,9 @@ def _step(
             D, K_BITS, V_BITS, TILES, CHUNKS,
         )  # fmt: skip
     async_copy.commit_group()
+    if PREFETCH > 0:
+        far = gl.minimum(step + (STAGES - 1 + PREFETCH), end - 1)
+        _prefetch_step(p_k, p_v, p_ks, p_vs, far, last, lane, D, K_BITS, V_BITS, TILES)
     slot = (step - first) % STAGES
     left = packed - step * (32 * TILES)
 
@@ -260,12 +283,6 @@ def _step(
                 fresh = fresh + (mma_v2(vT[c], pT[x], acc[x * CHUNKS + c]),)
         acc = fresh
     return m_new, l_new, mass, acc
-
-
-@gluon.jit
-def _prefetch(p):
-    """Start moving the cache lines of pointers to L2."""
-    gl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [p], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.constexpr_function
@@ -453,7 +470,7 @@ def gluon_splits_kernel(
     stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
     heads, sinks, window, capacity, splits, chunks, before, chunk_tokens, factor, cap,
     G: gl.constexpr, D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, HT: gl.constexpr,
-    TILES: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, PDL: gl.constexpr,
+    TILES: gl.constexpr, STAGES: gl.constexpr, PREFETCH: gl.constexpr, SOFTCAP: gl.constexpr, PDL: gl.constexpr,
     K_ASM: gl.constexpr, K_CONSTRAINTS: gl.constexpr, V_ASM: gl.constexpr, V_CONSTRAINTS: gl.constexpr,
     num_warps: gl.constexpr = 1,
 ):  # fmt: skip
@@ -528,6 +545,11 @@ def gluon_splits_kernel(
             )  # fmt: skip
         async_copy.commit_group()
 
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    for s in gl.static_range(STAGES - 1, STAGES - 1 + PREFETCH):
+        if first + s < end:
+            _prefetch_step(p_k, p_v, p_ks, p_vs, first + s, last, lane, D, K_BITS, V_BITS, TILES)
+
     # While the first tiles arrive: this program's share of the exact tokens.
     if program < chunks:
         at_q = q_exact + b * stride_qb + h * G * stride_qh
@@ -546,7 +568,7 @@ def gluon_splits_kernel(
             )  # fmt: skip
     if split >= 0:
         if PDL:  # the queries must be ready from here on
-            _wait_for_queries()
+            wait_for_previous()
         q = ()
         q_start = ()
         step_size = ()
@@ -575,15 +597,15 @@ def gluon_splits_kernel(
         for step in range(first, full):
             m, l, mass, acc = _step(
                 q, q_start, step_size, offset, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
-                step, first, end, last, packed, cap, copy_at, scale_at, token,
-                D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, False,
+                step, first, end, last, packed, cap, copy_at, scale_at, token, lane,
+                D, K_BITS, V_BITS, HT, TILES, STAGES, PREFETCH, CHUNKS, SOFTCAP, False,
                 K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
             )  # fmt: skip
         for step in range(full, end):
             m, l, mass, acc = _step(
                 q, q_start, step_size, offset, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
-                step, first, end, last, packed, cap, copy_at, scale_at, token,
-                D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, True,
+                step, first, end, last, packed, cap, copy_at, scale_at, token, lane,
+                D, K_BITS, V_BITS, HT, TILES, STAGES, PREFETCH, CHUNKS, SOFTCAP, True,
                 K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
             )  # fmt: skip
 

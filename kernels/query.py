@@ -30,7 +30,7 @@ def packed_count(n, sinks, window, capacity):
 @triton.jit
 def _prepare(
     pid, q, query_map, key_shift, rotated, bias, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Map 16 queries of KV head pid % heads to dimensions COLUMNS * (pid // heads % (D / COLUMNS)) and on."""
     PARTS: tl.constexpr = D // COLUMNS
@@ -49,10 +49,7 @@ def _prepare(
         mask=live[:, None] & in_dim[None, :], other=0.0,
     ).to(tl.float32)  # fmt: skip
     p_map = query_map + h * D * D + dims[:, None] * D + column[None, :]
-    map = tl.load(p_map, mask=in_dim[:, None], other=0.0)
-    y = tl.dot(x, map, input_precision="tf32x3")
-    if PDL:  # the splits may be launched, now that their loads cannot delay those above; they wait for this launch
-        tl.extra.cuda.gdc_launch_dependents()
+    y = tl.dot(x, tl.load(p_map, mask=in_dim[:, None], other=0.0), input_precision="tf32x3")
     row = (b * heads + h) * G + g
     tl.store(rotated + row[:, None] * D + column[None, :], y * (factor * inverse_unit), mask=live[:, None])
     if part == 0:
@@ -133,12 +130,14 @@ def prepare_kernel(
     chunk is empty; exact_ml: float32 [2, B * H, chunks, G].
     factor = scale * log2(e), times 2 / (cap * log2(e)) under a soft-cap.
     """
+    if PDL:  # the splits may be launched now; they wait where they need the queries
+        tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
     maps = heads * ((batch * G + 15) // 16) * (D // COLUMNS)
     if pid < maps:
         _prepare(
             pid, q, query_map, key_shift, rotated, bias, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
-            G, D, DP, COLUMNS, PDL,
+            G, D, DP, COLUMNS,
         )  # fmt: skip
     elif EXACT:
         _attend_exact(

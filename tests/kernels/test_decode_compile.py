@@ -55,7 +55,7 @@ def _compile(case: dict):
         config = host.configure(dim, -(-group // 8), k_bits, v_bits)
         constants = {
             "G": group, "D": dim, "K_BITS": k_bits, "V_BITS": v_bits, "HT": config.head_tiles, "TILES": config.tiles,
-            "STAGES": config.stages, "SOFTCAP": softcap, "PDL": case["arch"] >= 90, "K_ASM": key_asm(k_bits),
+            "STAGES": config.stages, "PREFETCH": config.prefetch, "SOFTCAP": softcap, "PDL": case["arch"] >= 90, "K_ASM": key_asm(k_bits),
             "K_CONSTRAINTS": constraints(8, k_bits), "V_ASM": value_asm(v_bits),
             "V_CONSTRAINTS": constraints(16, v_bits), "num_warps": 1,
         }  # fmt: skip
@@ -78,8 +78,7 @@ def _compile(case: dict):
         from tq_ao.kernels.combine import combine_kernel as fn
 
         constants = {
-            "G": group, "D": dim, "DP": padded, "COLUMNS": min(padded, 128), "R": 16, "SLOTS": 64, "HAS_SINK": True,
-            "PDL": False,
+            "G": group, "D": dim, "DP": padded, "COLUMNS": 32, "R": 4, "PARTS": 8, "MORE": True, "HAS_SINK": True,
         }  # fmt: skip
     signature, attrs = _signature(fn.arg_names, constants, "*i32" if case["kernel"] == "portable" else "*i8")
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)

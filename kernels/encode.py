@@ -3,7 +3,7 @@
     y = (x - shift) @ map      c = clamp(floor(y / (sigma * step))) + 1/2      scale = <y, c> / <c, c>
 
 The product runs on tensor cores in two bf16 parts (high + remainder, 17 bits): map = m_hi + m_lo, and x = x_hi + x_lo
-unless x is bf16 already; x_lo m_lo is left out.  Maps are divided by their largest entry first, which makes a
+unless x is bf16 already; x_lo m_lo is left out.  Maps are divided by the largest entry of a row first, which makes a
 randomised Hadamard matrix +-1, and a remainder that is all zero is skipped at run time.  Under the Triton
 interpreter, whose bf16 product is wrong, the same parts are multiplied as float32.
 
@@ -36,19 +36,6 @@ def _tokens(TILES: tl.constexpr, KEY: tl.constexpr):
 
 
 @triton.jit
-def _columns(DP: tl.constexpr, KEY: tl.constexpr):
-    """Dim of each column, int32 [DP]: columns are (group jj byte1 t byte0) for keys, (group m1 m0 g01 g2) for values.
-
-    Bits 1 and 2 of a column are lanes of a warp, the others are registers.
-    """
-    column = tl.arange(0, DP)
-    low = column % 8
-    if KEY:
-        return column // 16 * 16 + low // 2 * 4 + column // 8 % 2 * 2 + low % 2
-    return column // 8 * 8 + low % 2 * 4 + low // 2
-
-
-@triton.jit
 def _quantize(y, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, FUSED: tl.constexpr):
     """y [N, DP] float32, zero beyond D -> codes and scales.
 
@@ -60,14 +47,14 @@ def _quantize(y, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, FUSED:
         rounded = y * inverse[:, None] + 12582912.0  # 1.5 * 2**23: rounds to nearest even
         c = rounded - 12582912.0
         product = 127.0 * tl.sum(y * c, axis=1)
-        square = tl.sum(c * c, axis=1)
+        square = tl.maximum(tl.sum(c * c, axis=1), 1e-30)
     else:
         # Level c is (code - TOP / 2), so code = round(clamp(y / (sigma * step) + TOP / 2, 0, TOP)).  Clamping to 0 .. 1
         # costs nothing (a saturating multiply-add), and a tie at y = 0 rounds to the even number, code 2 ** (BITS - 1).
         MAGIC: tl.constexpr = 8388608.0 + (BITS == 1)
         TOP: tl.constexpr = (1 << BITS) - 1
-        sigma = tl.sqrt(tl.sum(y * y, axis=1) / D)
-        inverse = (1.0 / TOP) / tl.maximum(sigma * STEP, 1e-30)
+        # 1 / (sigma * step * TOP)
+        inverse = tl.rsqrt(tl.maximum(tl.sum(y * y, axis=1), 1e-37)) * (D**0.5 / (STEP * TOP))
         share = tl.minimum(tl.maximum(y * inverse[:, None] + 0.5, 0.0), 1.0)
         rounded = share * TOP + MAGIC
         if FUSED:  # one operation: 2**23 * (1 - 2**-24) is the half that no float near 2**23 has
@@ -77,7 +64,7 @@ def _quantize(y, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, FUSED:
         product = tl.sum(y * c, axis=1)
         square = tl.sum(c * c, axis=1) - 0.25 * (y.shape[1] - D)
     codes = rounded.to(tl.int32, bitcast=True)
-    return codes & 255 if BITS == 8 else codes, product / tl.maximum(square, 1e-30)
+    return codes & 255 if BITS == 8 else codes, product / square
 
 
 @triton.jit
@@ -89,33 +76,44 @@ def _fold(x, SHIFT: tl.constexpr):
 
 @triton.jit
 def _get_words(codes, BITS: tl.constexpr, KEY: tl.constexpr):
-    """Codes [TILES * 16, DP] of half a block -> what they add to words of layout v2, as `_put_words` takes it."""
+    """Codes [TILES * 16, DP] of half a block -> what they add to words of layout v2, int32 [2 * TILES, DP].
+
+    Rows are (jj tile) for keys, (g0 tile) for values; columns are (lane group), lanes being (g t) for keys, (j0 t g12)
+    for values: the order in which threads hold them.  At 8 bits rows begin with i1 for keys and (m1 m0) for values.
+    """
     TILES: tl.constexpr = codes.shape[0] // 16
     R: tl.constexpr = codes.shape[1] // 32
     if KEY:
         x = tl.reshape(codes, [TILES, 2, 8, R, 2, 2, 4, 2])  # tile i1 g group jj byte1 t byte0
-        if BITS == 8:  # -> jj i1 tile g t group
-            x = _fold(_fold(tl.permute(x, (4, 1, 0, 2, 6, 3, 5, 7)), 8), 16)
-        else:  # -> jj tile g t group
+        if BITS == 8:
+            x = _fold(_fold(tl.permute(x, (1, 4, 0, 2, 6, 3, 5, 7)), 8), 16)
+            x = tl.reshape(x, [4 * TILES, 32 * R])
+        else:
             x = _fold(_fold(_fold(tl.permute(x, (4, 0, 2, 6, 3, 5, 7, 1)), 4), 8), 16)
+            x = tl.reshape(x, [2 * TILES, 32 * R])
     else:
-        x = tl.reshape(codes, [TILES, 2, 2, 4, R, 2, 2, 4, 2])  # tile b0 j0 t group m1 m0 g01 g2
-        if BITS == 8:  # -> m1 m0 g2 tile j0 t g01 group
-            x = _fold(tl.permute(x, (5, 6, 8, 0, 2, 3, 7, 4, 1)), 8)
-        elif BITS >= 3:  # -> g2 tile j0 t g01 group
+        x = tl.reshape(codes, [TILES, 2, 2, 4, R, 2, 2, 4, 2])  # tile b0 j0 t group m1 m0 g12 g0
+        if BITS == 8:
+            x = tl.reshape(_fold(tl.permute(x, (5, 6, 8, 0, 2, 3, 7, 4, 1)), 8), [8 * TILES, 32 * R])
+        elif BITS >= 3:
             x = _fold(_fold(_fold(tl.permute(x, (8, 0, 2, 3, 7, 4, 1, 6, 5)), 4), 8), 16)
+            x = tl.reshape(x, [2 * TILES, 32 * R])
         else:
             x = _fold(_fold(_fold(tl.permute(x, (8, 0, 2, 3, 7, 4, 6, 1, 5)), 4), 16), BITS)
+            x = tl.reshape(x, [2 * TILES, 32 * R])
     return x
 
 
 @triton.jit
-def _index(N: tl.constexpr, TRAILING: tl.constexpr):
-    """0 .. N-1 along a dimension that TRAILING others follow."""
-    x = tl.arange(0, N)
-    for _ in tl.static_range(TRAILING):
-        x = tl.expand_dims(x, len(x.shape))
-    return x
+def _sum_major(x, KEY: tl.constexpr):
+    """Sum over the major digit of the words, jj or j0, at both places where it was."""
+    if KEY:
+        halves = tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]])
+        total = tl.broadcast_to(tl.sum(halves, axis=0, keep_dims=True), halves.shape)
+    else:
+        halves = tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2])
+        total = tl.broadcast_to(tl.sum(halves, axis=1, keep_dims=True), halves.shape)
+    return tl.reshape(total, x.shape)
 
 
 @triton.jit
@@ -125,15 +123,18 @@ def _put_words(
 ):  # fmt: skip
     """Store the words of a block from its halves (i0 or b1 = 0, 1): tile i < left at words + i * tile_stride."""
     G: tl.constexpr = D // 32
-    group = tl.arange(0, x0.shape[len(x0.shape) - 1])
-    if KEY:  # .. tile g t group
-        lane = _index(8, 2) * 4 + _index(4, 1)
-        tile = _index(TILES, 3)
-        major = _index(2, 4)  # jj
-    else:  # .. g2 tile j0 t g01 group
-        lane = _index(4, 2) + _index(4, 1) * 4 + _index(2, 5) * 16
-        tile = _index(TILES, 4)
-        major = _index(2, 3)  # j0
+    R: tl.constexpr = x0.shape[1] // 32
+    PLANE: tl.constexpr = 32 * G
+    row = tl.arange(0, x0.shape[0])[:, None]
+    column = tl.arange(0, 32 * R)[None, :]
+    tile = row % TILES
+    group = column % R
+    if KEY:
+        lane = column // R
+        major = row // TILES % 2  # jj
+    else:
+        lane = column // R % 4 * 8 + row // TILES % 2 * 4 + column // (4 * R) % 4
+        major = column // (16 * R)  # j0
     at = words + tile.to(tl.int64) * tile_stride + (lane * G + group)
     ok = (tile < left) & (group < G)
     # What the constant of every code adds to a word.
@@ -141,14 +142,13 @@ def _put_words(
     SUM: tl.constexpr = (SHARES * (0x4B000000 + (BITS == 1))) & 0xFFFFFFFF
     OFFSET: tl.constexpr = SUM - ((SUM >> 31) << 32)
     FLIP: tl.constexpr = -2139062144 if KEY and BITS > 1 else 0  # 0x80808080
-    PLANE: tl.constexpr = 32 * G
     if BITS == 8:
         if KEY:  # planes i1 i0 jj
-            at += (_index(2, 4) * 4 + _index(2, 5)) * PLANE
+            at += (row // (2 * TILES) * 4 + major) * PLANE
             tl.store(at, x0, mask=ok)
             tl.store(at + 2 * PLANE, x1, mask=ok)
         else:  # planes m1 m0 j0
-            at += (_index(2, 7) * 4 + _index(2, 6) * 2 + major) * PLANE
+            at += (row // (2 * TILES) * 2 + major) * PLANE
             tl.store(at, x0 + x1 * 65536, mask=ok)
     elif BITS >= 3:
         x0 -= OFFSET
@@ -156,7 +156,7 @@ def _put_words(
         plane = major * 2
         if BITS == 3:
             ONES: tl.constexpr = 0x11111111
-            spare = tl.sum(tl.where(major == 1, x1, 0), axis=0 if KEY else 2, keep_dims=True)
+            spare = _sum_major(tl.where(major == 1, x1, 0), KEY)
             x0 = (x0 << 1) | ((spare >> (2 - plane)) & ONES)
             x1 = (x1 << 1) | ((spare >> 1) & ONES)
             if KEY:
@@ -168,16 +168,17 @@ def _put_words(
         if BITS == 2:
             tl.store(at + major * PLANE, (x - OFFSET) ^ FLIP, mask=ok)
         else:
-            x = tl.sum(x << (2 * major), axis=0 if KEY else 2, keep_dims=not KEY)
-            tl.store(at, x - OFFSET, mask=ok)
+            x = _sum_major(x << (2 * major), KEY)
+            tl.store(at, x - OFFSET, mask=ok & (major == 0))
 
 
 @triton.jit
-def _put_scales(scale, unit, scales, scale_stride, token, left):
-    """Store scales float32 [N] of tokens int32 [N] of a block of which `left` tiles exist; `unit` is a factor."""
-    scale = tl.abs(scale * unit)  # negative only where the squares of y overflow
+def _put_scales(scale0, scale1, unit, scales, scale_stride, order, left):
+    """Store scales float32 [N] of both halves of a block of which `left` tiles exist, times `unit`."""
+    token = order[:, None] + tl.arange(0, 2)[None, :] * 8
+    scale = tl.abs(tl.join(scale0, scale1) * unit)  # negative only where the squares of y overflow
     scale = tl.where(scale < float("inf"), tl.minimum(scale, 65504.0), float("nan"))
-    at = scales + (token // 32).to(tl.int64) * scale_stride + token % 32
+    at = scales + (token // 32 * scale_stride + token % 32)
     tl.store(at, scale.to(tl.float16), mask=token // 32 < left)
 
 
@@ -189,23 +190,44 @@ def _split(x, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def _split_map(m, unit, inverse, OPERAND: tl.constexpr):
-    """m / unit as high part (rounded, so +-unit has no remainder) and remainder, both dot operands."""
+def _map_parts(m, unit, inverse):
+    """m / unit as high part with 8 significant bits (rounded, so +-unit has no remainder) and remainder, float32."""
     high = ((m * inverse).to(tl.int32, bitcast=True) + 32768 & -65536).to(tl.float32, bitcast=True)
-    return high.to(tl.bfloat16).to(OPERAND), ((m - high * unit) * inverse).to(tl.bfloat16).to(OPERAND)
+    return high, (m - high * unit) * inverse
 
 
 @triton.jit
-def _load_map(map, first, columns, D: tl.constexpr, ROWS: tl.constexpr):
-    """Rows first .. first + ROWS - 1 and the given columns of a map, float32 [ROWS, DP], zero beyond D."""
+def _split_map(m, unit, inverse, OPERAND: tl.constexpr):
+    """`_map_parts` as dot operands."""
+    high, low = _map_parts(m, unit, inverse)
+    return high.to(tl.bfloat16).to(OPERAND), low.to(tl.bfloat16).to(OPERAND)
+
+
+@triton.jit
+def _load_map(map, first, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
+    """Rows first .. first + ROWS - 1 of a map, float32 [ROWS, DP], zero beyond D."""
     rows = first + tl.arange(0, ROWS)
+    columns = tl.arange(0, DP)
     inside = (rows < D)[:, None] & (columns < D)[None, :]
     return tl.load(map + rows[:, None] * D + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
+def _arrange(m, KEY: tl.constexpr):
+    """The columns of a map in the order of the product's: values have their dims in order, (group m1 m0 g12 g0), keys
+    (group jj byte1 t byte0).
+
+    Bits 1 and 2 of a column are lanes of a warp, the others are registers.
+    """
+    if KEY:
+        m = tl.permute(tl.reshape(m, [m.shape[0], m.shape[1] // 16, 4, 2, 2]), (0, 1, 3, 2, 4))
+        m = tl.reshape(m, [m.shape[0], m.shape[1] * 16])
+    return m
+
+
+@triton.jit
 def _largest(x):
-    return tl.max(tl.reshape(tl.abs(x.to(tl.float32)), [x.shape[0] * x.shape[1]]), axis=0)
+    return tl.max(tl.reshape(tl.abs(x), [x.shape[0] * x.shape[1]]), axis=0)
 
 
 @triton.jit
@@ -216,18 +238,36 @@ def _load_rows(rows, ok, first, D: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _mapped(rows, ok, map, shift, columns, D: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr, OPERAND: tl.constexpr):
-    """y [N, DP] = (rows - shift) @ map[:, columns], zero where not ok, the map streamed KC rows at a time."""
+def _mapped(
+    rows, ok, map, shift,
+    D: tl.constexpr, DP: tl.constexpr, KEY: tl.constexpr, KC: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """y [N, DP] = (rows - shift) @ map, zero where not ok, columns as `_arrange`d; KC rows of the map at a time."""
     y = tl.zeros([rows.shape[0], DP], tl.float32)
     for first in range(0, DP, KC):
         x = _load_rows(rows, ok, first, D, KC)
         offset = tl.load(shift + first + tl.arange(0, KC), mask=first + tl.arange(0, KC) < D, other=0.0)
         delta = tl.where(ok[:, None], x.to(tl.float32) - offset[None, :], 0.0)
         x_high, x_low = _split(delta, OPERAND)
-        m_high, m_low = _split_map(_load_map(map, first, columns, D, KC), 1.0, 1.0, OPERAND)
+        m_high, m_low = _split_map(_arrange(_load_map(map, first, D, DP, KC), KEY), 1.0, 1.0, OPERAND)
         y = tl.dot(x_low, m_high, y, input_precision="ieee")
         y = tl.dot(x_high, m_low, y, input_precision="ieee")
         y = tl.dot(x_high, m_high, y, input_precision="ieee")
+    return y
+
+
+@triton.jit
+def _times_map(x, m_high, m_low, map_has_low, OPERAND: tl.constexpr):
+    """x @ (m_high + m_low) float32; x in any type."""
+    if x.dtype == tl.bfloat16:
+        x_high = x.to(OPERAND)
+    else:
+        x_high, x_low = _split(x.to(tl.float32), OPERAND)
+    y = tl.dot(x_high, m_high, input_precision="ieee")
+    if x.dtype != tl.bfloat16:
+        y = tl.dot(x_low, m_high, y, input_precision="ieee")
+    if map_has_low:
+        y = tl.dot(x_high, m_low, y, input_precision="ieee")
     return y
 
 
@@ -282,86 +322,104 @@ def encode_kernel(
         count = (n + 31) // 32
     WHOLE: tl.constexpr = DP <= 128
     HALVES: tl.constexpr = DP == 256 and x.dtype.element_ty == tl.bfloat16
+    FUSED: tl.constexpr = OPERAND == tl.bfloat16
     first = tl.program_id(1) * blocks
     last = tl.minimum(first + blocks, (count + TILES - 1) // TILES)
     if first < last:
         order = _tokens(TILES, KEY)
-        columns = _columns(DP, KEY)
-        unit = 0.0 if HALVES else 1.0
+        unit = 1.0
         if WHOLE or HALVES:
             dims = tl.arange(0, DP)
             # (x - shift) @ map = x @ map - shift @ map; with the same two parts of the map in both, what they
             # leave out multiplies x - shift only.
             has_shift = tl.max(tl.abs(tl.load(shift + dims, mask=dims < D, other=0.0)), axis=0) > 0
+            top = tl.max(tl.abs(tl.load(map + dims, mask=dims < D, other=0.0)), axis=0)
+            unit = tl.where(top > 0, top, 1.0)
+            inverse = 1.0 / unit
             if WHOLE:
-                m = _load_map(map, 0, columns, D, DP)
-                unit = _largest(m)
-                inverse = tl.where(unit > 0, 1.0 / unit, 0.0)
-                m_high, m_low = _split_map(m, unit, inverse, OPERAND)
-                map_has_low = _largest(m_low) > 0
+                high, low = _map_parts(_arrange(_load_map(map, 0, D, DP, DP), KEY), unit, inverse)
+                map_has_low = _largest(low) > 0
+                m_high, m_low = high.to(tl.bfloat16).to(OPERAND), low.to(tl.bfloat16).to(OPERAND)
             else:
-                for k in range(0, DP, KC):
-                    unit = tl.maximum(unit, _largest(_load_map(map, k, columns, D, KC)))
-                inverse = tl.where(unit > 0, 1.0 / unit, 0.0)
                 remainder = 0.0
                 for k in range(0, DP, KC):
-                    _chunk, chunk_low = _split_map(_load_map(map, k, columns, D, KC), unit, inverse, OPERAND)
-                    remainder = tl.maximum(remainder, _largest(chunk_low))
+                    _high, low = _map_parts(_load_map(map, k, D, DP, KC), unit, inverse)
+                    remainder = tl.maximum(remainder, _largest(low))
                 map_has_low = remainder > 0
-                m_high, _low = _split_map(_load_map(map, 0, columns, D, 128), unit, inverse, OPERAND)
-                m2_high, _low2 = _split_map(_load_map(map, 128, columns, D, 128), unit, inverse, OPERAND)
+                m_high, _low = _split_map(_arrange(_load_map(map, 0, D, DP, 128), KEY), unit, inverse, OPERAND)
+                m2_high, _low2 = _split_map(_arrange(_load_map(map, 128, D, DP, 128), KEY), unit, inverse, OPERAND)
             shifted = tl.zeros([DP], tl.float32)
             if has_shift:
                 for k in range(0, DP, KC):
-                    high, low = _split_map(_load_map(map, k, columns, D, KC), unit, inverse, OPERAND)
+                    k_high, k_low = _split_map(_arrange(_load_map(map, k, D, DP, KC), KEY), unit, inverse, OPERAND)
                     part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
-                    shifted += tl.sum(part[:, None] * (high.to(tl.float32) + low.to(tl.float32)), axis=0)
-        first_half = _get_words(tl.zeros([TILES * 16, DP], tl.int32), BITS, KEY)
-        for half in range(2 * first, 2 * last):
+                    shifted += tl.sum(part[:, None] * (k_high.to(tl.float32) + k_low.to(tl.float32)), axis=0)
+        # Blocks begin .. end - 1 are whole and all in x; those before and after them need masks or the ring.
+        begin = last
+        end = last
+        if WHOLE:
+            if RING:
+                begin = tl.minimum(tl.maximum((fresh + TILES * 32 - 1) // (TILES * 32), first), last)
+                end = tl.minimum(tl.maximum(count // TILES, begin), last)
+            else:
+                begin = first
+                end = tl.minimum(tl.maximum(n // (TILES * 32), begin), last)
+        words0 = _get_words(tl.zeros([TILES * 16, DP], tl.int32), BITS, KEY)
+        scale0 = tl.zeros([TILES * 16], tl.float32)
+        for i in tl.range(2 * first, 2 * (last - end + begin), num_stages=1):
+            half = tl.where(i < 2 * begin, i, i + 2 * (end - begin))
             tile = half // 2 * TILES
             token = order + half % 2 * 8
             left = count - tile
+            rows = x + (tile * 32).to(tl.int64) * x_sn + token * x_sn
             if RING:
                 ok = token < left * 32
                 slot = (slot0 + tile * 32) % capacity + token
                 slot = tl.where(slot >= capacity, slot - capacity, slot)
                 slot = tl.where(slot >= capacity, slot - capacity, slot)
-                rows = x + tile.to(tl.int64) * 32 * x_sn + token * x_sn
                 rows = tl.where(tile * 32 + token < fresh, ring + slot * r_sn, rows)
             else:
                 ok = token < n - tile * 32
-                rows = x + tile.to(tl.int64) * 32 * x_sn + token * x_sn
             if WHOLE:
-                xs = _load_rows(rows, ok, 0, D, DP)
-                if xs.dtype == tl.bfloat16:
-                    x_high = xs.to(OPERAND)
-                else:
-                    x_high, x_low = _split(xs.to(tl.float32), OPERAND)
-                y = tl.dot(x_high, m_high, input_precision="ieee")
-                if xs.dtype != tl.bfloat16:
-                    y = tl.dot(x_low, m_high, y, input_precision="ieee")
-                if map_has_low:
-                    y = tl.dot(x_high, m_low, y, input_precision="ieee")
+                y = _times_map(_load_rows(rows, ok, 0, D, DP), m_high, m_low, map_has_low, OPERAND)
             elif HALVES:
                 y = tl.dot(_load_rows(rows, ok, 0, D, 128).to(OPERAND), m_high, input_precision="ieee")
                 y = tl.dot(_load_rows(rows, ok, 128, D, 128).to(OPERAND), m2_high, y, input_precision="ieee")
                 if map_has_low:
                     for k in range(0, DP, KC):
                         chunk = _load_rows(rows, ok, k, D, KC)
-                        _high, rest = _split_map(_load_map(map, k, columns, D, KC), unit, inverse, OPERAND)
+                        _high, rest = _split_map(_arrange(_load_map(map, k, D, DP, KC), KEY), unit, inverse, OPERAND)
                         y = tl.dot(chunk.to(OPERAND), rest, y, input_precision="ieee")
             else:
-                y = _mapped(rows, ok, map, shift, columns, D, DP, KC, OPERAND)
+                y = _mapped(rows, ok, map, shift, D, DP, KEY, KC, OPERAND)
             if WHOLE or HALVES:
                 if has_shift:
                     y -= tl.where(ok, 1.0, 0.0)[:, None] * shifted[None, :]
-            codes, scale = _quantize(y, D, BITS, STEP, OPERAND == tl.bfloat16)
-            tile_words = words + tile.to(tl.int64) * w_st
-            half_words = _get_words(codes, BITS, KEY)
+            codes, scale1 = _quantize(y, D, BITS, STEP, FUSED)
+            words1 = _get_words(codes, BITS, KEY)
             if half % 2 == 1:
-                _put_words(first_half, half_words, tile_words, w_st, left, D, TILES, BITS, KEY)
-            first_half = half_words
-            _put_scales(scale, unit, scales + tile.to(tl.int64) * s_st, s_st, token, left)
+                at = tile.to(tl.int64)
+                _put_words(words0, words1, words + at * w_st, w_st, left, D, TILES, BITS, KEY)
+                _put_scales(scale0, scale1, unit, scales + at * s_st, s_st, order, left)
+            words0 = words1
+            scale0 = scale1
+        if WHOLE:
+            rows = x + order * x_sn
+            always = order >= 0
+            for half in range(2 * begin, 2 * end):
+                tile = half // 2 * TILES
+                here = _load_rows(rows + (tile * 32 + half % 2 * 8).to(tl.int64) * x_sn, always, 0, D, DP)
+                y = _times_map(here, m_high, m_low, map_has_low, OPERAND)
+                if has_shift:
+                    y -= shifted[None, :]
+                codes, scale1 = _quantize(y, D, BITS, STEP, FUSED)
+                words1 = _get_words(codes, BITS, KEY)
+                if half % 2 == 1:
+                    at = tile.to(tl.int64)
+                    _put_words(words0, words1, words + at * w_st, w_st, TILES, D, TILES, BITS, KEY)
+                    _put_scales(scale0, scale1, unit, scales + at * s_st, s_st, order, TILES)
+                words0 = words1
+                scale0 = scale1
 
 
 @triton.jit
@@ -429,15 +487,16 @@ def _step_side(
         t = sinks + old + token
         kept = t < before
         rows = tl.where(kept, ring + (old + token) % capacity * r_sn, x + (t - before + skip) * x_sn)
-        y = _mapped(rows, token < 32, map, shift, _columns(DP, KEY), D, DP, KC, OPERAND)
+        y = _mapped(rows, token < 32, map, shift, D, DP, KEY, KC, OPERAND)
         codes, scale = _quantize(y, D, BITS, STEP, OPERAND == tl.bfloat16)
         codes0, codes1 = tl.split(tl.permute(tl.reshape(codes, [2, 16, DP]), (1, 2, 0)))
+        scale0, scale1 = tl.split(tl.permute(tl.reshape(scale, [2, 16]), (1, 0)))
         tile = old // 32
         _put_words(
             _get_words(codes0, BITS, KEY), _get_words(codes1, BITS, KEY), words + tile * w_st, w_st, 1,
             D, 1, BITS, KEY,
         )  # fmt: skip
-        _put_scales(scale, 1.0, scales + tile * s_st, s_st, token, 1)
+        _put_scales(scale0, scale1, 1.0, scales + tile * s_st, s_st, _tokens(1, KEY), 1)
 
 
 @triton.jit(do_not_specialize=["k_tiles", "v_tiles"])
@@ -501,7 +560,7 @@ def launch_options(dim: int, wide: bool) -> dict[str, int]:
     """Block sizes of `encode_kernel`; wide: a chip with wgmma and more than 200 KiB of shared memory."""
     padded = _padded(dim)
     warps = 4 if padded <= 128 and wide else 8
-    return {"TILES": 4, "KC": 32, "num_warps": warps, "num_stages": 2 if padded <= 128 else 1}
+    return {"TILES": 4, "KC": 32, "num_warps": warps, "num_stages": 3 if padded <= 128 else 1}
 
 
 def _wide(device: torch.device) -> bool:

@@ -57,7 +57,7 @@ def rotate_kernel(
         x = x.to(tl.float32)
         shifted += tl.sum(x * tl.load(key_shift + h * D + dims, mask=dims < D, other=0.0)[None, :], axis=1)
         x_high, x_low = _split(x, OPERAND)
-        m_high, m_low = _split_map(_load_map(query_map + h * D * D, first, tl.arange(0, DP), D, KC), 1.0, 1.0, OPERAND)
+        m_high, m_low = _split_map(_load_map(query_map + h * D * D, first, D, DP, KC), 1.0, 1.0, OPERAND)
         y = tl.dot(x_low, m_high, y, input_precision="ieee")
         y = tl.dot(x_high, m_low, y, input_precision="ieee")
         y = tl.dot(x_high, m_high, y, input_precision="ieee")
@@ -422,7 +422,7 @@ def merge_kernel(
             part = tl.load(o_packed + (s * split + at)[:, None] * D + chunk[None, :], mask=ok_chunk, other=0.0)
             x += part * weight[:, None]
         x_high, x_low = _split(x, OPERAND)
-        m_high, m_low = _split_map(_load_map(output_map + h * D * D, first, dims, D, KC), 1.0, 1.0, OPERAND)
+        m_high, m_low = _split_map(_load_map(output_map + h * D * D, first, D, DP, KC), 1.0, 1.0, OPERAND)
         o = tl.dot(x_low, m_high, o, input_precision="ieee")
         o = tl.dot(x_high, m_low, o, input_precision="ieee")
         o = tl.dot(x_high, m_high, o, input_precision="ieee")

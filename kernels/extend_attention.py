@@ -72,14 +72,15 @@ def rotate_kernel(
 
 
 @triton.jit
-def _levels8(words, S: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, ASM: tl.constexpr, OPERAND: tl.constexpr):
-    """Levels of the code at bit S of each nibble: int32 [...] -> OPERAND [..., 2, 2, 2], digits of the nibble's number.
+def _levels8(words, BITS: tl.constexpr, KEY: tl.constexpr, ASM: tl.constexpr, OPERAND: tl.constexpr):
+    """Levels of the lowest code of each nibble (at 3 bits of the highest): int32 [...] -> OPERAND [..., 2, 2, 2].
 
-    With ASM they are in units of `level_unit`, else whole.
+    The new digits are (i1 byte1 byte0) of keys, (m1 m0 b0) or (m1 b1 b0) of values: neighbours in the operand are
+    neighbours in registers.  With ASM levels are in units of `level_unit`, else whole.
     """
     if ASM is not None:
         x0, x1, x2, x3, x4, x5, x6, x7 = tl.inline_asm_elementwise(
-            ASM[S], "=h,=h,=h,=h,=h,=h,=h,=h,r", [words],
+            ASM, "=h,=h,=h,=h,=h,=h,=h,=h,r", [words],
             dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
             is_pure=True, pack=1,
         )  # fmt: skip
@@ -92,13 +93,10 @@ def _levels8(words, S: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, ASM:
         else:
             y = x.to(OPERAND, bitcast=True)
     else:
-        if KEY and BITS > 1:
-            words ^= -2139062144  # 0x80808080, KEY_FLIP
-        x = tl.join(
-            tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24)),
-            tl.join(tl.join(words >> 4, words >> 20), tl.join(words >> 12, words >> 28)),
-        )
-        x = (x >> S) & ((1 << BITS) - 1)
+        x = tl.join(words, words >> 4)
+        x = tl.join(x, x >> (16 if KEY else 8))
+        x = tl.join(x, x >> (8 if KEY else 16))
+        x = (x >> (BITS == 3)) & ((1 << BITS) - 1)
         y = (x.to(tl.float32) - ((1 << BITS) - 1) * 0.5).to(OPERAND)
     return y
 
@@ -133,38 +131,31 @@ def _unpack(
         else:  # tile g t group m1 m0 j0 (b1 b0) -> group m1 m0 g, tile j0 b1 t b0
             x = tl.permute(tl.reshape(x, [TILES, 8, 4, R, 4, 2, 2, 2]), (3, 4, 1, 0, 5, 6, 2, 7))
     else:
+        # Words s of eight nibbles, tile lane group and the digits of s, with the highest bit of keys as in a code.
         group = tl.arange(0, R)[None, None, :]
         w0 = _plane(words, tile_stride, tile, ok, 0, group, G)
+        FLIP: tl.constexpr = -2139062144 if KEY and BITS > 1 else 0  # 0x80808080
         if BITS == 1:
-            s0 = _levels8(w0, 0, 1, KEY, ASM, OPERAND)
-            s1 = _levels8(w0, 1, 1, KEY, ASM, OPERAND)
-            s2 = _levels8(w0, 2, 1, KEY, ASM, OPERAND)
-            s3 = _levels8(w0, 3, 1, KEY, ASM, OPERAND)
+            s = tl.join(tl.join(w0, w0 >> 2), tl.join(w0 >> 1, w0 >> 3))
         else:
             w1 = _plane(words, tile_stride, tile, ok, 1, group, G)
             if BITS == 2:
-                s0 = _levels8(w0, 0, 2, KEY, ASM, OPERAND)
-                s1 = _levels8(w0, 2, 2, KEY, ASM, OPERAND)
-                s2 = _levels8(w1, 0, 2, KEY, ASM, OPERAND)
-                s3 = _levels8(w1, 2, 2, KEY, ASM, OPERAND)
+                w = tl.join(w0, w1) ^ FLIP
+                s = tl.join(w, w >> 2)
             else:
                 w2 = _plane(words, tile_stride, tile, ok, 2, group, G)
                 if BITS == 3:
                     w3 = ((w0 & 0x11111111) << 3) | ((w1 & 0x11111111) << 2) | ((w2 & 0x11111111) << 1)
                 else:
                     w3 = _plane(words, tile_stride, tile, ok, 3, group, G)
-                s0 = _levels8(w0, 4 - BITS, BITS, KEY, ASM, OPERAND)
-                s1 = _levels8(w1, 4 - BITS, BITS, KEY, ASM, OPERAND)
-                s2 = _levels8(w2, 4 - BITS, BITS, KEY, ASM, OPERAND)
-                s3 = _levels8(w3, 4 - BITS, BITS, KEY, ASM, OPERAND)
-        x = tl.join(tl.join(s0, s2), tl.join(s1, s3))  # tile lane group, nibble digits, s digits
-        x = tl.reshape(x, [TILES, 8, 4, R, 2, 2, 2, 2, 2])
-        if KEY:  # tile g t group byte1 byte0 i1 jj i0 -> tile i1 i0 g, group jj t byte
-            x = tl.permute(x, (0, 6, 8, 1, 3, 7, 2, 4, 5))
-        elif BITS >= 3:  # tile g t group b0 m0 m1 j0 b1 -> group m1 m0 g, tile j0 b1 t b0
-            x = tl.permute(x, (3, 6, 5, 1, 0, 7, 8, 2, 4))
-        else:  # tile g t group b0 b1 m1 j0 m0 -> group m1 m0 g, tile j0 b1 t b0
-            x = tl.permute(x, (3, 6, 8, 1, 0, 7, 5, 2, 4))
+                s = tl.join(tl.join(w0, w2), tl.join(w1, w3)) ^ FLIP
+        x = tl.reshape(_levels8(s, BITS, KEY, ASM, OPERAND), [TILES, 8, 4, R, 2, 2, 2, 2, 2])
+        if KEY:  # tile g t group jj i0 i1 byte1 byte0 -> tile i1 i0 g, group jj t byte
+            x = tl.permute(x, (0, 6, 5, 1, 3, 4, 2, 7, 8))
+        elif BITS >= 3:  # tile g t group j0 b1 m1 m0 b0 -> group m1 m0 g, tile j0 b1 t b0
+            x = tl.permute(x, (3, 6, 7, 1, 0, 4, 5, 2, 8))
+        else:  # tile g t group j0 m0 m1 b1 b0 -> group m1 m0 g, tile j0 b1 t b0
+            x = tl.permute(x, (3, 6, 5, 1, 0, 4, 7, 2, 8))
     return tl.reshape(x, [TILES * 32, DP] if KEY else [DP, TILES * 32])
 
 
@@ -448,22 +439,18 @@ def _half(dtype: torch.dtype) -> torch.dtype:
 
 
 @lru_cache
-def levels_asm(bits: int, key: bool, dtype: torch.dtype) -> tuple[str | None, ...] | None:
-    """PTX that turns a word into eight levels, for the field at bit s of its nibbles; None at 8 bits.
+def levels_asm(bits: int, key: bool, dtype: torch.dtype) -> str | None:
+    """PTX that turns a word into eight levels, as `_levels8` orders them; None at 8 bits.
 
-    Two fields at once: (word & mask) ^ flip is a pair of subnormal numbers code * 2**(s - 24) in fp16 (2**(s - 133) in
-    bf16), also where a field ends in the lowest exponent bit; one multiply-add makes them code - (2**bits - 1) / 2 in
-    units of `level_unit`.  Pairs are neighbours in the operand: bytes of keys, nibbles n and n + 4 of values.
+    Two codes at once: word & mask is a pair of subnormal numbers code * 2**(s - 24) in fp16 (2**(s - 133) in bf16), s
+    being the place of the code in its half, also where it ends in the lowest exponent bit; one multiply-add makes them
+    code - (2**bits - 1) / 2 in units of `level_unit`.  Pairs are bytes of keys, nibbles n and n + 4 of values.
     """
     if bits == 8:
         return None
-    kind, smallest = ("f16x2", 24) if _half(dtype) == torch.float16 else ("bf16x2", 133)
-    starts = {1: (0, 1, 2, 3), 2: (0, 2), 3: (1,), 4: (0,)}[bits]
-    return tuple(_field_asm(bits, key, s, _half(dtype), kind, smallest) if s in starts else None for s in range(4))
-
-
-def _field_asm(bits: int, key: bool, start: int, dtype: torch.dtype, kind: str, smallest: int) -> str:
+    dtype = _half(dtype)
     shrink = _SHRINK[dtype]
+    kind, smallest = ("f16x2", 24) if dtype == torch.float16 else ("bf16x2", 133)
 
     def pair(value: float) -> str:
         half = int(torch.tensor(value, dtype=torch.float64).to(dtype).view(torch.int16)) & 0xFFFF
@@ -476,15 +463,16 @@ def _field_asm(bits: int, key: bool, start: int, dtype: torch.dtype, kind: str, 
         else:
             lines += ["shr.u32 w, $8, 8;" if part else "mov.b32 w, $8;"]
         for high in (0, 1):
-            mask = ((1 << bits) - 1) << (start + 4 * high)
-            # KEY_FLIP inverts bit 7 of every byte of keys (packing.py).
-            flip = mask & 0x80 if key and bits > 1 else 0
-            lines += [f"and.b32 x, w, {mask << 16 | mask:#010x};"]
-            lines += [f"xor.b32 x, x, {flip << 16 | flip:#010x};"] if flip else []
-            lines += [f"mov.b32 m, {pair(2.0 ** (smallest - shrink - start - 4 * high))};"]
-            lines += [f"fma.rn.{kind} x, x, m, c;"]
-            first, second = (4 * part + high, 4 * part + high + 2) if key else (2 * part + high, 2 * part + high + 4)
-            lines += [f"mov.b32 {{${first}, ${second}}}, x;"]
+            start = 4 * high + (bits == 3)
+            mask = ((1 << bits) - 1) << start
+            lines += [
+                f"and.b32 x, w, {mask << 16 | mask:#010x};",
+                f"mov.b32 m, {pair(2.0 ** (smallest - shrink - start))};",
+            ]
+            lines += [
+                f"fma.rn.{kind} x, x, m, c;",
+                f"mov.b32 {{${4 * high + 2 * part}, ${4 * high + 2 * part + 1}}}, x;",
+            ]
     return "{ " + " ".join(lines) + " }"
 
 

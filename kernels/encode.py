@@ -238,6 +238,18 @@ def _load_rows(rows, ok, first, D: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
+def _prefetch(rows, ok, D: tl.constexpr):
+    """Start the vectors at pointers rows [N] on their way to L2."""
+    LINE: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = triton.cdiv(D, LINE)
+    for i in tl.static_range(LINES):
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
+            [(rows + i * LINE).to(tl.int64), ok.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _mapped(
     rows, ok, map, shift,
     D: tl.constexpr, DP: tl.constexpr, KEY: tl.constexpr, KC: tl.constexpr, OPERAND: tl.constexpr,
@@ -289,7 +301,7 @@ def encode_kernel(
     x_sb, x_sh, x_sn, r_sb, r_sh, r_sn, w_sb, w_sh, w_st, s_sb, s_sh, s_st,
     heads, n, tiles, capacity, sinks, window, blocks,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr,
-    TILES: tl.constexpr, KC: tl.constexpr, RING: tl.constexpr, OPERAND: tl.constexpr,
+    TILES: tl.constexpr, KC: tl.constexpr, RING: tl.constexpr, AHEAD: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Encode many tiles of one side (keys or values).
 
@@ -298,7 +310,7 @@ def encode_kernel(
 
     Grid: (B * H, chunks); a program encodes up to `blocks` blocks of TILES tiles, half a block (16 tokens of each tile)
     at a time.  Up to D = 128 its map stays in shared memory (WHOLE); at D = 256 the high part does (HALVES: two of 128
-    rows); others are streamed.
+    rows); others are streamed.  AHEAD: tokens that are on their way to L2 while the map is prepared.
     """
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
@@ -327,6 +339,13 @@ def encode_kernel(
     last = tl.minimum(first + blocks, (count + TILES - 1) // TILES)
     if first < last:
         order = _tokens(TILES, KEY)
+        if AHEAD:  # while the map is prepared
+            early = first * (TILES * 32) + tl.arange(0, AHEAD)
+            if RING:
+                wanted = (early >= fresh) & (early < count * 32)
+            else:
+                wanted = early < n
+            _prefetch(x + early.to(tl.int64) * x_sn, wanted, D)
         unit = 1.0
         if WHOLE or HALVES:
             dims = tl.arange(0, DP)
@@ -580,8 +599,8 @@ def _encode_many(x, ring, codes, scales, map, shift, length, start, tiles, sinks
         *x.stride()[:3], *(ring.stride()[:3] if ring is not None else (0, 0, 0)), *words.stride()[:3],
         *scales.stride()[:3],
         heads, n, codes.shape[2], ring.shape[2] if ring is not None else 1, sinks, window, per_program,
-        D=dim, DP=_padded(dim), BITS=book.bits, KEY=key, STEP=book.step,
-        RING=ring is not None, OPERAND=_operand(), **options,
+        D=dim, DP=_padded(dim), BITS=book.bits, KEY=key, STEP=book.step, RING=ring is not None,
+        AHEAD=256 if x.is_cuda and torch.version.hip is None else 0, OPERAND=_operand(), **options,
     )  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def _compile(case: dict):
         if case["kernel"] == "encode":
             options = encode.launch_options(dim, arch >= 90)
         constants |= {
-            "BITS": k_bits, "KEY": case["key"], "STEP": key.step, "RING": case["key"], "Q": 1,
+            "BITS": k_bits, "KEY": case["key"], "STEP": key.step, "RING": case["key"], "AHEAD": 256, "Q": 1,
             "ROWS": 32, "K_BITS": k_bits, "V_BITS": v_bits, "K_STEP": key.step, "V_STEP": value.step,
         }  # fmt: skip
         optional = () if case["key"] or case["kernel"] != "encode" else ("ring", "length", "start")
@@ -105,17 +105,21 @@ def _compile(case: dict):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _loop_spills(sass: str) -> int:
-    """Local loads and stores inside loops that have a matrix product: those cost time, the few before them do not."""
+def _loops(sass: str) -> list[list[str]]:
+    """Instructions of every loop that has a matrix product."""
     code = [(int(at, 16), text) for at, text in re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)]
-    spills = 0
+    loops = []
     for at, text in code:
         target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if target and int(target[1], 16) < at:
-            body = " ".join(t for a, t in code if int(target[1], 16) <= a <= at)
-            if re.search(r"\b(?:HMMA|HGMMA)\b", body):
-                spills += len(re.findall(r"\b(?:LDL|STL)\b", body))
-    return spills
+            body = [t for a, t in code if int(target[1], 16) <= a <= at]
+            if re.search(r"\b(?:HMMA|HGMMA)\b", " ".join(body)):
+                loops.append(body)
+    return loops
+
+
+def _count(pattern: str, body: list[str]) -> int:
+    return sum(bool(re.search(rf"\b(?:{pattern})\b", text)) for text in body)
 
 
 def _report(case: dict) -> dict:
@@ -130,7 +134,13 @@ def _report(case: dict) -> dict:
         file.flush()
         sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     count = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("LDL", "STL", "HFMA2", "I2F", "HGMMA", "HMMA")}
-    count["loop_spills"] = _loop_spills(sass)
+    loops = _loops(sass)
+    # Spills inside loops cost time, the few before them do not.
+    count["loop_spills"] = sum(_count("LDL|STL", body) for body in loops)
+    fast = [body for body in loops if _count("LDGSTS", body)]  # copies ahead of their use
+    if fast:
+        body = min(fast, key=len)
+        count |= {"loop": len(body), "loop_stores": _count("STS|STSM", body), "loop_barriers": _count("BAR", body)}
     if case["kernel"] == "packed":  # keys and values of a block, in the loop and after it, of one thread
         from tq_ao.kernels import extend_attention
 
@@ -184,6 +194,26 @@ def test_products_run_on_tensor_cores_and_levels_are_made_two_at_a_time(reports:
         if report["kernel"] == "packed" and max(report["bits"]) < 8:
             assert report["HFMA2"] >= report["level_pairs"], report
             assert report["I2F"] <= 16, report  # divisions of addresses; a conversion of each code would be hundreds
+
+
+def test_codes_stay_in_the_registers_of_the_product(reports: list[dict]) -> None:
+    """Whole prefills at D = 128 on Hopper: the loop over half blocks, 64 numbers to a thread."""
+    main = [r for r in reports if (r["kernel"], r["dim"], r["arch"]) == ("encode", 128, 90) and max(r["bits"]) < 8]
+    assert len(main) >= 3
+    for report in main:
+        # About 11 to a number run (quantising 8, packing 1); the others are a second part of the map, a shift, and
+        # what is done once for two halves.  Comparing with thresholds and gathering codes took 23 to 35.
+        assert report["loop"] <= 16 * 64, report
+        # Scales, and what else is done once for two halves; codes would take 16 and more.
+        assert report["loop_stores"] <= 8 and report["loop_barriers"] <= 6, report
+        # Two programs to a multiprocessor, so that one quantises while the other multiplies.
+        assert report["shared"] <= 113 * 1024, report
+
+
+def test_the_loop_over_packed_tiles_is_short(reports: list[dict]) -> None:
+    for report in reports:
+        if report["kernel"] == "packed" and (report["dim"], report["arch"], report["bits"]) == (128, 90, [3, 3]):
+            assert report["loop"] <= 1300, report  # of which 500 are softmax; look-ups took 1440 to 1460
 
 
 if __name__ == "__main__":

@@ -593,7 +593,8 @@ def _encode_many(x, ring, codes, scales, map, shift, length, start, tiles, sinks
     options = launch_options(dim, _wide(x.device))
     blocks = triton.cdiv(tiles, options["TILES"])
     cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    per_program = max(1, triton.cdiv(blocks * batch * heads, (2 if dim <= 128 else 1) * cores))
+    resident = 4 if dim <= 64 else 2 if dim <= 128 else 1  # programs to a multiprocessor
+    per_program = max(1, triton.cdiv(blocks * batch * heads, resident * cores))
     encode_kernel[(batch * heads, triton.cdiv(blocks, per_program))](
         x, ring, words, scales, map, shift, length, start,
         *x.stride()[:3], *(ring.stride()[:3] if ring is not None else (0, 0, 0)), *words.stride()[:3],

@@ -15,7 +15,9 @@ from tq_ao.codebook import BITS, ROLES, codebook
 from tq_ao.packing import TILE, unpack
 from tq_ao.rotation import rotations
 
-triton_encode = pytest.importorskip("tq_ao.kernels.encode")  # triton exists on Linux only
+triton = pytest.importorskip("triton")  # exists on Linux only
+tl = triton.language
+triton_encode = pytest.importorskip("tq_ao.kernels.encode")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # the interpreter's: overflow of 1e30
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,6 +47,35 @@ def test_encode_equals_the_reference(bits: int, dim: int, role: str, rng: torch.
     want = reference.encode(x, maps.key, maps.key_shift, bits, role)
     assert [t.shape for t in got] == [t.shape for t in want]
     assert_same_tiles(got, want, dim, role)
+
+
+@triton.jit
+def quantize_kernel(
+    y, codes, scales, N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, FUSED: tl.constexpr
+):
+    at = tl.arange(0, N)[:, None] * D + tl.arange(0, D)[None, :]
+    code, scale = triton_encode._quantize(tl.load(y + at), D, BITS, STEP, FUSED)
+    tl.store(codes + at, code.to(tl.uint8))
+    tl.store(scales + tl.arange(0, N), scale)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_quantizing_equals_the_reference_on_the_same_numbers(bits: int, rng: torch.Generator) -> None:
+    """All but numbers within rounding of a threshold; one multiply-add where the device has it (FUSED)."""
+    y = torch.randn(512, 64, generator=rng) * torch.logspace(-2, 3, 512)[:, None]
+    y[0], y[1, ::2], y[2] = 0.0, 0.0, -0.0
+    want = reference.quantize(y, bits)
+    codes = torch.zeros(512, 64, dtype=torch.uint8, device=DEVICE)
+    scales = torch.zeros(512, device=DEVICE)
+    quantize_kernel[(1,)](
+        y.to(DEVICE), codes, scales, N=512, D=64, BITS=bits, STEP=codebook(bits).step, FUSED=DEVICE.type == "cuda"
+    )
+    magic = 1 if bits == 1 else 0  # what the float's bits add to the lowest byte
+    differ = codes.cpu() - magic != want[0]
+    assert differ.float().mean() < 1e-4
+    assert not differ[:3].any()
+    same = ~differ.any(-1)
+    assert torch.allclose(scales.cpu()[same], want[1][same].float(), rtol=SCALE_ULPS, atol=1e-7)
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .decode_gluon import async_load, barrier, wait_for_previous
+from .decode_gluon import async_load, barrier, launch_next, wait_for_previous
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -99,9 +99,10 @@ def combine_gluon_kernel(
         async_load(map_s, p_map, mask=(k < D)[:, None] & (c < D)[None, :])
     async_copy.commit_group()
     if PDL:
+        launch_next()
         wait_for_previous()
 
-    pairs = batch.to(gl.int64) * heads * G
+    pairs = batch * heads * G
     query = first_query + gl.arange(0, R, gl.SliceLayout(0, gl.SliceLayout(2, L_S)))
     live = query < batch * G
     bh = (query // G).to(gl.int64) * heads + h

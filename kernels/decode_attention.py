@@ -16,11 +16,12 @@ import triton
 
 from .combine import combine_kernel
 from .decode_portable import portable_splits_kernel
+from .encode import _operand
 from .query import prepare_kernel
 
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 512
-MIN_STEPS = 4  # softmax steps that are worth a program and a partial result
+MIN_STEPS = 3  # softmax steps that are worth a program and a partial result
 TILE = 32
 CHUNK = 64
 
@@ -60,7 +61,7 @@ class Config(NamedTuple):
     """How the Gluon kernel is launched.
 
     Tiles of 8 query heads to a program, packed tiles to a softmax step, ring slots, register cap, programs to a
-    multiprocessor, steps that are on their way to L2 behind those in the ring.
+    multiprocessor.
     """
 
     head_tiles: int
@@ -68,7 +69,6 @@ class Config(NamedTuple):
     stages: int
     registers: int
     resident: int
-    prefetch: int = 3
 
 
 def configure(head_dim: int, head_tiles: int, k_bits: int, v_bits: int) -> Config:
@@ -219,8 +219,10 @@ def decode_attention(
     prepare_kernel[(heads * triton.cdiv(batch * group, 16) * (dim // columns) + exact_programs,)](
         q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, exact_o, exact_ml,
         q.stride(0), q.stride(1), *sink_strides, *recent_strides, batch, heads, sinks, window, capacity, chunks, factor,
-        1.0 / unit, cap, G=group, D=dim, DP=padded, COLUMNS=columns, SOFTCAP=softcap > 0, EXACT=separate, CHUNK=CHUNK,
+        1.0 / unit, cap, G=group, D=dim, DP=padded, COLUMNS=columns, KC=min(64, padded), OPERAND=_operand(),
+        SOFTCAP=softcap > 0, EXACT=separate, CHUNK=CHUNK,
         PRECISION="tf32" if half_precision else "tf32x3", PDL=pdl, num_warps=8 if separate else 4,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     if use_gluon:
         from .decode_gluon import gluon_splits_kernel
@@ -233,7 +235,7 @@ def decode_attention(
             *key_strides, *value_strides, q.stride(0), q.stride(1), *sink_strides, *recent_strides,
             heads, sinks, window, capacity, splits, here, before, chunk, factor, cap,
             G=group, D=dim, K_BITS=key_book.bits, V_BITS=value_book.bits, HT=config.head_tiles,
-            TILES=config.tiles, STAGES=config.stages, PREFETCH=config.prefetch, SOFTCAP=softcap > 0, PDL=pdl,
+            TILES=config.tiles, STAGES=config.stages, SOFTCAP=softcap > 0, PDL=pdl,
             K_ASM=key_asm(key_book.bits), K_CONSTRAINTS=constraints(8, key_book.bits),
             V_ASM=value_asm(value_book.bits), V_CONSTRAINTS=constraints(16, value_book.bits),
             num_warps=1, maxnreg=config.registers, launch_pdl=pdl,

@@ -152,23 +152,11 @@ def _fetch(
 
 
 @gluon.jit
-def _prefetch(p):
-    """Start moving the cache lines of pointers to L2."""
-    gl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [p], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _prefetch_step(
-    p_k, p_v, p_ks, p_vs, step, last, lane, D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr,
-    TILES: gl.constexpr,
-):  # fmt: skip
-    """Start moving the tiles of a step to L2: one line of 128 bytes to a lane."""
-    t = gl.minimum(step * TILES, last).to(gl.int64)
-    for at in gl.static_range(0, 4 * D * K_BITS * TILES, 4096):
-        _prefetch(p_k + t * (4 * D * K_BITS) + gl.minimum(lane * 128 + at, 4 * D * K_BITS * TILES - 1))
-    for at in gl.static_range(0, 4 * D * V_BITS * TILES, 4096):
-        _prefetch(p_v + t * (4 * D * V_BITS) + gl.minimum(lane * 128 + at, 4 * D * V_BITS * TILES - 1))
-    _prefetch(gl.where(lane % 2 == 0, p_ks, p_vs) + t * 32 + lane // 2 % TILES * 32)
+def launch_next():
+    """Let the next launch begin: it waits for the end of this one before it reads what this one writes."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -180,9 +168,9 @@ def wait_for_previous():
 @gluon.jit
 def _step(
     q, q_start, step_size, bias, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
-    step, first, end, last, packed, cap, copy_at, scale_at, token, lane,
+    step, first, end, last, packed, cap, copy_at, scale_at, token,
     D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, HT: gl.constexpr, TILES: gl.constexpr,
-    STAGES: gl.constexpr, PREFETCH: gl.constexpr, CHUNKS: gl.constexpr, SOFTCAP: gl.constexpr, MASKED: gl.constexpr,
+    STAGES: gl.constexpr, CHUNKS: gl.constexpr, SOFTCAP: gl.constexpr, MASKED: gl.constexpr,
     K_ASM: gl.constexpr, K_CONSTRAINTS: gl.constexpr, V_ASM: gl.constexpr, V_CONSTRAINTS: gl.constexpr,
     S_L: gl.constexpr, RAW: gl.constexpr,
 ):  # fmt: skip
@@ -201,9 +189,6 @@ def _step(
             D, K_BITS, V_BITS, TILES, CHUNKS,
         )  # fmt: skip
     async_copy.commit_group()
-    if PREFETCH > 0:
-        far = gl.minimum(step + (STAGES - 1 + PREFETCH), end - 1)
-        _prefetch_step(p_k, p_v, p_ks, p_vs, far, last, lane, D, K_BITS, V_BITS, TILES)
     slot = (step - first) % STAGES
     left = packed - step * (32 * TILES)
 
@@ -334,7 +319,6 @@ def _attend_exact(
     in_sinks = gl.minimum(n, sinks)
     count = in_sinks + gl.where(capacity == 0, 0, gl.maximum(n - sinks, 0) - packed)
     slots = gl.maximum(capacity, 1)
-    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
 
     x = ()
     acc = ()
@@ -357,12 +341,6 @@ def _attend_exact(
         p_v = v_recent + at_r + (packed + v_index - in_sinks) % slots * D
         # Triton 3.9 loses the alignment at the selection; the same hint on keys makes its loop spill.
         p_v = gl.multiple_of(gl.where(v_index < in_sinks, v_sinks + at_s + v_index * D, p_v), 16)
-        # Values are needed a softmax later than keys, and there are no registers for them to wait in.
-        index = gl.minimum(begin + lane, count - 1)
-        line = v_recent + at_r + (packed + index - in_sinks) % slots * D
-        line = gl.where(index < in_sinks, v_sinks + at_s + index * D, line)
-        for c in gl.static_range(D // 64 if D % 64 == 0 else D // 32):
-            _prefetch(line + c * (64 if D % 64 == 0 else 32))
         total = gl.zeros([16, 32], gl.float32, S_L)
         for c in gl.static_range(PARTS):
             k = gl.load(p_k[None, :] + (c * QD + k_dim)[:, None], mask=k_live, other=0.0)
@@ -470,7 +448,7 @@ def gluon_splits_kernel(
     stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
     heads, sinks, window, capacity, splits, chunks, before, chunk_tokens, factor, cap,
     G: gl.constexpr, D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, HT: gl.constexpr,
-    TILES: gl.constexpr, STAGES: gl.constexpr, PREFETCH: gl.constexpr, SOFTCAP: gl.constexpr, PDL: gl.constexpr,
+    TILES: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, PDL: gl.constexpr,
     K_ASM: gl.constexpr, K_CONSTRAINTS: gl.constexpr, V_ASM: gl.constexpr, V_CONSTRAINTS: gl.constexpr,
     num_warps: gl.constexpr = 1,
 ):  # fmt: skip
@@ -495,10 +473,8 @@ def gluon_splits_kernel(
     COPY_SCALE: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
 
-    if PDL:  # the merge may be launched now: it waits for the end of this launch before it reads
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
+    if PDL:
+        launch_next()
     program = gl.program_id(0)
     split = program - before
     bh = gl.program_id(1)
@@ -510,8 +486,8 @@ def gluon_splits_kernel(
     packed = gl.where(capacity == 0, gl.maximum(n - sinks, 0), gl.maximum(n - sinks - window, 0) // 32 * 32)
     tiles = (packed + 31) // 32
     steps = (tiles + TILES - 1) // TILES
-    first = (gl.maximum(split, 0).to(gl.int64) * steps // splits).to(gl.int32)
-    end = (gl.maximum(split + 1, 0).to(gl.int64) * steps // splits).to(gl.int32)
+    first = gl.maximum(split, 0) * steps // splits
+    end = gl.maximum(split + 1, 0) * steps // splits
 
     hi0, _ = _halves(gl.zeros([16, 32], gl.int32, S_L))
     SL: gl.constexpr = hi0.type.layout
@@ -544,11 +520,6 @@ def gluon_splits_kernel(
                 D, K_BITS, V_BITS, TILES, CHUNKS,
             )  # fmt: skip
         async_copy.commit_group()
-
-    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    for s in gl.static_range(STAGES - 1, STAGES - 1 + PREFETCH):
-        if first + s < end:
-            _prefetch_step(p_k, p_v, p_ks, p_vs, first + s, last, lane, D, K_BITS, V_BITS, TILES)
 
     # While the first tiles arrive: this program's share of the exact tokens.
     if program < chunks:
@@ -597,15 +568,15 @@ def gluon_splits_kernel(
         for step in range(first, full):
             m, l, mass, acc = _step(
                 q, q_start, step_size, offset, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
-                step, first, end, last, packed, cap, copy_at, scale_at, token, lane,
-                D, K_BITS, V_BITS, HT, TILES, STAGES, PREFETCH, CHUNKS, SOFTCAP, False,
+                step, first, end, last, packed, cap, copy_at, scale_at, token,
+                D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, False,
                 K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
             )  # fmt: skip
         for step in range(full, end):
             m, l, mass, acc = _step(
                 q, q_start, step_size, offset, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
-                step, first, end, last, packed, cap, copy_at, scale_at, token, lane,
-                D, K_BITS, V_BITS, HT, TILES, STAGES, PREFETCH, CHUNKS, SOFTCAP, True,
+                step, first, end, last, packed, cap, copy_at, scale_at, token,
+                D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, True,
                 K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
             )  # fmt: skip
 

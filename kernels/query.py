@@ -9,10 +9,15 @@ For every query head x of a row (log2 domain, c = scale * log2(e); with a soft-c
 Grid: first heads * ceil(B * G / 16) * D / COLUMNS programs that map 16 queries of one KV head, taken across the batch,
 to COLUMNS dimensions, so that no program waits for a whole map; then, if EXACT (the Gluon kernel attends to 16-bit
 windows itself), one program for each (row, KV head, 16 of its query heads, chunk of exact tokens).
+
+Under programmatic dependent launch (PDL) this launch begins while the one before it ends, and lets the splits begin
+once that has: they wait where they need the queries.
 """
 
 import triton
 import triton.language as tl
+
+from .encode import _split_map
 
 
 @triton.jit
@@ -30,7 +35,8 @@ def packed_count(n, sinks, window, capacity):
 @triton.jit
 def _prepare(
     pid, q, query_map, key_shift, rotated, bias, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, KC: tl.constexpr, OPERAND: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Map 16 queries of KV head pid % heads to dimensions COLUMNS * (pid // heads % (D / COLUMNS)) and on."""
     PARTS: tl.constexpr = D // COLUMNS
@@ -40,21 +46,37 @@ def _prepare(
     b = (index // G).to(tl.int64)
     g = index % G
     live = b < batch
-    dims = tl.arange(0, DP)
-    in_dim = dims < D
     column = part * COLUMNS + tl.arange(0, COLUMNS)
-    # [16, DP], [DP, COLUMNS]
-    x = tl.load(
-        q + b[:, None] * stride_qb + (h * G + g)[:, None] * stride_qh + dims[None, :],
-        mask=live[:, None] & in_dim[None, :], other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    p_map = query_map + h * D * D + dims[:, None] * D + column[None, :]
-    y = tl.dot(x, tl.load(p_map, mask=in_dim[:, None], other=0.0), input_precision="tf32x3")
+    p_map = query_map + h * D * D
+    if PDL:  # what the launch before has not written may be on its way to L2 while that ends
+        line = p_map + tl.arange(0, DP)[:, None] * D + part * COLUMNS + tl.arange(0, COLUMNS // 32)[None, :] * 32
+        line = tl.where((tl.arange(0, DP) < D)[:, None], line, p_map)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
+        )
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    p_q = q + b[:, None] * stride_qb + (h * G + g)[:, None] * stride_qh
+    y = tl.zeros([16, COLUMNS], tl.float32)
+    shifted = tl.zeros([16], tl.float32)
+    for k in tl.static_range(0, D, KC):
+        inner = k + tl.arange(0, KC)
+        # [16, KC], [KC, COLUMNS]
+        x = tl.load(p_q + inner[None, :], mask=live[:, None] & (inner < D)[None, :], other=0.0).to(tl.float32)
+        slice = tl.load(p_map + inner[:, None] * D + column[None, :], mask=(inner < D)[:, None], other=0.0)
+        if q.dtype.element_ty == tl.bfloat16:  # exact queries, the map in two parts: 17 bits
+            m_high, m_low = _split_map(slice, 1.0, 1.0, OPERAND)
+            y = tl.dot(x.to(OPERAND), m_low, y, input_precision="ieee")
+            y = tl.dot(x.to(OPERAND), m_high, y, input_precision="ieee")
+        else:
+            y = tl.dot(x, slice, y, input_precision="tf32x3")
+        if part == 0:
+            shift = tl.load(key_shift + h * D + inner, mask=inner < D, other=0.0)
+            shifted += tl.sum(x * shift[None, :], axis=1)
     row = (b * heads + h) * G + g
     tl.store(rotated + row[:, None] * D + column[None, :], y * (factor * inverse_unit), mask=live[:, None])
     if part == 0:
-        shift = tl.load(key_shift + h * D + dims, mask=in_dim, other=0.0)
-        tl.store(bias + row, tl.sum(x * shift[None, :], axis=1) * factor, mask=live)
+        tl.store(bias + row, shifted * factor, mask=live)
 
 
 @triton.jit
@@ -121,7 +143,7 @@ def prepare_kernel(
     q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, exact_o, exact_ml,
     stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
     batch, heads, sinks, window, capacity, chunks, factor, inverse_unit, cap,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, KC: tl.constexpr, OPERAND: tl.constexpr,
     SOFTCAP: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See the module docstring.
@@ -130,16 +152,17 @@ def prepare_kernel(
     chunk is empty; exact_ml: float32 [2, B * H, chunks, G].
     factor = scale * log2(e), times 2 / (cap * log2(e)) under a soft-cap.
     """
-    if PDL:  # the splits may be launched now; they wait where they need the queries
-        tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
     maps = heads * ((batch * G + 15) // 16) * (D // COLUMNS)
     if pid < maps:
         _prepare(
             pid, q, query_map, key_shift, rotated, bias, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
-            G, D, DP, COLUMNS,
+            G, D, DP, COLUMNS, KC, OPERAND, PDL,
         )  # fmt: skip
     elif EXACT:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         _attend_exact(
             pid - maps, q, k_sinks, v_sinks, k_recent, v_recent, length, start, exact_o, exact_ml,
             stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,

@@ -17,8 +17,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 POINTERS = {
-    "rotated": "*fp32", "bias": "*fp32", "q_exact": "*bf16", "k_codes": "*i8", "v_codes": "*i8", "k_scales": "*fp16", "v_scales": "*fp16",
-    "q": "*bf16", "k_sinks": "*bf16", "v_sinks": "*bf16", "k_recent": "*bf16", "v_recent": "*bf16", "length": "*i64",
+    "rotated": "*fp32", "bias": "*fp32", "k_codes": "*i8", "v_codes": "*i8", "k_scales": "*fp16", "v_scales": "*fp16",
+    "q": "*bf16", "q_exact": "*bf16", "k_sinks": "*bf16", "v_sinks": "*bf16", "k_recent": "*bf16",
+    "v_recent": "*bf16", "length": "*i64",
     "start": "*i64", "split_o": "*fp32", "split_ml": "*fp32", "exact_o": "*fp32", "exact_ml": "*fp32",
     "query_map": "*fp32", "key_shift": "*fp32", "output_map": "*fp32", "value_shift": "*fp32", "sink_logits": "*fp32",
     "out": "*bf16",
@@ -55,7 +56,7 @@ def _compile(case: dict):
         config = host.configure(dim, -(-group // 8), k_bits, v_bits)
         constants = {
             "G": group, "D": dim, "K_BITS": k_bits, "V_BITS": v_bits, "HT": config.head_tiles, "TILES": config.tiles,
-            "STAGES": config.stages, "PREFETCH": config.prefetch, "SOFTCAP": softcap, "PDL": case["arch"] >= 90, "K_ASM": key_asm(k_bits),
+            "STAGES": config.stages, "SOFTCAP": softcap, "PDL": case["arch"] >= 90, "K_ASM": key_asm(k_bits),
             "K_CONSTRAINTS": constraints(8, k_bits), "V_ASM": value_asm(v_bits),
             "V_CONSTRAINTS": constraints(16, v_bits), "num_warps": 1,
         }  # fmt: skip
@@ -71,7 +72,8 @@ def _compile(case: dict):
         from tq_ao.kernels.query import prepare_kernel as fn
 
         constants = {
-            "G": group, "D": dim, "DP": padded, "COLUMNS": 32, "SOFTCAP": softcap, "EXACT": True, "CHUNK": host.CHUNK,
+            "G": group, "D": dim, "DP": padded, "COLUMNS": 32, "KC": 64, "OPERAND": triton.language.bfloat16,
+            "SOFTCAP": softcap, "EXACT": True, "CHUNK": host.CHUNK,
             "PRECISION": "tf32", "PDL": False,
         }  # fmt: skip
     else:

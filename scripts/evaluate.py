@@ -1,4 +1,5 @@
-"""Quality experiments: `pareto` (bits against KL), `ablation`, `sensitivity` (which metric ranks layers), `report`."""
+"""Quality experiments: `pareto` (bits against KL), `ablation`, `sensitivity` (which metric ranks layers), `retrieval`
+(facts found in long text that is packed), `report`."""
 
 import argparse
 import json
@@ -6,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import tq_ao.quiet  # noqa: F401 - before anything imports torchao
 from tq_ao.errors import TurboQuantError
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +42,13 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--budgets", type=float, nargs="+", default=budgets, help="average code bits")
     commands.choices["pareto"].add_argument("--repair", type=int, default=0, help="measured swaps per budget")
     commands.choices["sensitivity"].add_argument("--bits", type=int, nargs="+", default=[2, 3])
+    p = commands.add_parser("retrieval", help="facts found in long text that is read from packed storage")
+    p.add_argument("--model", required=True, help="converted folder or Hub id; others are asked without a schedule")
+    p.add_argument("--text", default="enwiki", help="'enwiki' or a UTF-8 text file to hide the facts in")
+    p.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="tokens of the prompts")
+    p.add_argument("--prompts", type=int, nargs="+", default=[12, 8, 6, 4], help="passkey prompts of each length")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/retrieval_<model>.json")
     commands.add_parser("report", help="rewrite the tables of docs/quality.md and recipes/README.md")
     return top
 
@@ -51,15 +60,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from tq_ao.evaluation.rank_metrics import rank_metrics
     from tq_ao.evaluation.setup import prepare
 
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    if args.command == "retrieval":
+        from tq_ao.evaluation.retrieval_run import measure
+
+        # 3 make 2 key-value prompts, and a single one has no standard error.
+        if len(args.lengths) != len(args.prompts) or min(args.prompts) < 3:
+            raise TurboQuantError(f"expected --prompts of at least 3 for each of {args.lengths}, got {args.prompts}")
+        return measure(args.model, args.lengths, args.prompts, text=args.text, seed=args.seed, report=say)
     setup = prepare(
         args.model, length=args.length, calibration=args.calibration_windows, evaluation=args.windows, text=args.text,
         seed=args.seed, all_layers=args.all_layers,
     )  # fmt: skip
     progress = not args.quiet
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-
     if args.command == "pareto":
         options = Options(
             budgets=args.budgets, window=args.window, sinks=args.sinks, repair_evaluations=args.repair, seed=args.seed
@@ -86,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     except TurboQuantError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    suffix = "_all_layers" if args.all_layers else ""
+    suffix = "_all_layers" if getattr(args, "all_layers", False) else ""
     output = args.output or RESULTS / f"{args.command}_{result['model']}{suffix}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

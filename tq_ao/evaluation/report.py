@@ -14,6 +14,10 @@ def table(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     commit = (result["commit"] or "unknown")[:10]
     head = f"{result['model']}; {result['text']}; {result['device']}; {versions}; commit {commit}.\n"
+    if "task" in rows[0]:
+        columns = ["task", "tokens", "packed", "cache", "code bits", "bytes per token", "right", "log p", "change"]
+        rows = sorted(rows, key=lambda r: (r["task"], r["tokens"]))
+        return head + _markdown(columns, [_found(r) for r in rows])
     if "method" in rows[0]:
         rows = sorted(rows, key=lambda r: (r["method"], r["code_bits"]))
         body = [
@@ -31,6 +35,14 @@ def table(result: dict[str, Any]) -> str:
 
 def _quality(row: dict[str, Any]) -> list[str]:
     return [f"{row['kl']:.5f} ± {row['kl_stderr']:.5f}", f"{100 * (row['ppl_ratio'] - 1):+.2f} %"]
+
+
+def _found(row: dict[str, Any]) -> list[str]:
+    values = [f"{row[k]:.2f} ± {row[k + '_stderr']:.2f}" for k in ("log_probability", "change")]
+    return [
+        row["task"], str(row["tokens"]), str(row["packed_tokens"]), row["method"], f"{row['code_bits']:g}",
+        f"{row['bytes_per_token']:.0f}", f"{row['right']} of {row['questions']}", *values,
+    ]  # fmt: skip
 
 
 def _markdown(columns: list[str], rows: list[list[str]]) -> str:

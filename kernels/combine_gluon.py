@@ -116,9 +116,7 @@ def combine_gluon_kernel(
     part_e = gl.arange(0, P, gl.SliceLayout(1, gl.SliceLayout(2, L_E)))
     column = first_column + gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(1, L_E)))
     of_exact = bh_e * chunks * G + query_e % G
-    m_e, l_e, o_e = _merge(
-        exact_o, exact_ml, pairs * chunks, of_exact, live_e, chunks, part_e, column, G, D, P, MORE
-    )
+    m_e, l_e, o_e = _merge(exact_o, exact_ml, pairs * chunks, of_exact, live_e, chunks, part_e, column, G, D, P, MORE)
     top = gl.max(m_s, axis=0)
     top = gl.maximum(top, gl.convert_layout(gl.max(m_e, axis=0), top.type.layout))
     if HAS_SINK:

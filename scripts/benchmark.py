@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-RESULT = Path(__file__).resolve().parents[1] / "benchmarks/results/attention_h200.json"
+RESULT = Path(__file__).resolve().parents[1] / "benchmarks/results/attention_h100.json"
 WINDOW, SINKS, RING = 128, 4, 256
 
 
@@ -277,6 +277,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def device_slug() -> str:
+    """h100, h200, ...: the model of this GPU in the names of result files."""
+    words = torch.cuda.get_device_name(0).lower().split()
+    return words[1] if len(words) > 1 else words[0]
+
+
 def commit() -> str | None:
     try:
         root = Path(__file__).parent
@@ -292,9 +298,10 @@ def attention(args: argparse.Namespace) -> None:
         sys.exit("benchmark.py attention needs a CUDA device, and none is available here")
     rows = [row for row in ROWS if not args.rows or any(name in row.name for name in args.rows)]
     result = {"device": torch.cuda.get_device_name(0), "versions": versions(), "commit": args.commit or commit()}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    measure(rows, args.jobs, lambda done: args.output.write_text(json.dumps(result | {"rows": done}, indent=1) + "\n"))
-    print(f"wrote {args.output}")
+    output = args.output or RESULT.with_name(f"attention_{device_slug()}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    measure(rows, args.jobs, lambda done: output.write_text(json.dumps(result | {"rows": done}, indent=1) + "\n"))
+    print(f"wrote {output}")
 
 
 def model(args: argparse.Namespace) -> None:
@@ -367,7 +374,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("attention", help="measure on this GPU and write JSON")
-    one.add_argument("--output", type=Path, default=RESULT)
+    one.add_argument("--output", type=Path, help="default: benchmarks/results/attention_<device>.json")
     one.add_argument("--rows", nargs="*", help="only rows whose name contains one of these")
     one.add_argument("--jobs", type=int, default=8, help="processes that compile ahead")
     one.add_argument("--commit", help="recorded in the JSON; default: git rev-parse HEAD")
@@ -383,7 +390,7 @@ def main() -> None:
     two.set_defaults(run=table)
     three = commands.add_parser("plot", help="draw a JSON file")
     three.add_argument("file", type=Path, nargs="?", default=RESULT)
-    three.add_argument("--output", type=Path, default=RESULT.parents[2] / "docs/attention_h200.svg")
+    three.add_argument("--output", type=Path, default=RESULT.parents[2] / "docs/attention.svg")
     three.set_defaults(run=plot)
     args = parser.parse_args()
     args.run(args)

@@ -170,6 +170,31 @@ def test_strided_cache(rng: torch.Generator) -> None:
     assert error(case, args, decode_attention, "triton") < 3e-5
 
 
+def test_a_million_tokens_and_codes_beyond_two_gigabytes(cuda: torch.device, seed: int) -> None:
+    from tq_ao import ops, reference
+    from tq_ao.packing import tile_bytes
+
+    batch, heads, dim, length, bits = 6, 8, 128, 1_000_000, 4
+    generator = torch.Generator(cuda).manual_seed(seed)
+    tiles = -(-(length - 4) // 32)
+    shape = (batch, heads, tiles)
+    codes = [torch.empty(*shape, tile_bytes(bits, dim), dtype=torch.uint8, device=cuda) for _ in range(2)]
+    assert codes[0].numel() > 2**31
+    for one in codes:
+        one.random_(generator=generator)
+    scales = [torch.rand(*shape, 32, generator=generator, device=cuda).half() * 0.3 for _ in range(2)]
+    exact = [torch.randn(batch, heads, n, dim, generator=generator, device=cuda) for n in (4, 4, 192, 192)]
+    maps = [torch.randn(heads, *n, generator=generator, device=cuda) / dim**0.5 for n in ((dim, dim), (dim,)) * 2]
+    q = torch.randn(batch, 4 * heads, 1, dim, generator=generator, device=cuda)
+    lengths = torch.tensor(length, device=cuda), torch.zeros(batch, dtype=torch.int64, device=cuda)
+    out = ops.decode_attention(
+        q, codes[0], scales[0], codes[1], scales[1], *exact, *lengths, *maps, 128, dim**-0.5, impl="gluon"
+    )
+    last = [x[-1:] for x in (q, codes[0], scales[0], codes[1], scales[1], *exact)]
+    want = reference.attention(*last, lengths[0], lengths[1][-1:], *maps, 128, dim**-0.5, dtype=torch.float64)
+    assert ((out[-1:] - want).norm() / want.norm()).item() < 1e-3
+
+
 def test_errors(rng: torch.Generator) -> None:
     from tq_ao.kernels.decode_attention import decode_attention
 

@@ -1,0 +1,103 @@
+"""Time what a prefill costs on this GPU: packing it, and attending to a packed cache with many queries.
+
+    python scripts/benchmark_prefill.py [--output FILE]
+
+One process, CUDA-graph replays.  `encode` packs 32768 tokens of 8 KV heads; its rate counts the bf16 bytes read and the
+packed bytes written, against a copy measured beside it.  `extend` attends with q_len new tokens, causally, to a packed
+cache of `length` tokens; beside it flash SDPA in bf16 over as many dense keys.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from benchmark import Row, commit, device_slug, packed_inputs, time_calls, versions  # type: ignore[import-not-found]
+from torch.nn.attention import SDPBackend, bias, sdpa_kernel
+
+from tq_ao import ops, reference
+from tq_ao.codebook import ROLES, Role
+from tq_ao.packing import unpack
+from tq_ao.rotation import rotation_maps
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results"
+TOKENS, HEADS, GROUP = 32768, 8, 4
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a device-to-device copy of 2 GB, bytes read plus bytes written."""
+    x = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / time_calls([lambda: y.copy_(x)], 10)["us_median"] / 1e3
+
+
+def encode_row(head_dim: int, bits: int, role: Role, kind: str, copy: float) -> dict:
+    maps = rotation_maps(kind, HEADS, head_dim, 0).to("cuda")
+    x = [torch.randn(1, HEADS, TOKENS, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    times = time_calls([partial(ops.encode, one, maps.key, maps.key_shift, bits, role) for one in x])
+    codes, scales = ops.encode(x[0], maps.key, maps.key_shift, bits, role)
+    want, _ = reference.encode(x[0][:, :1], maps.key[:1], maps.key_shift[:1], bits, role)
+    differ = (unpack(codes[:, :1], bits, head_dim, role) != unpack(want, bits, head_dim, role)).float().mean().item()
+    rate = (x[0].nbytes + codes.nbytes + scales.nbytes) / times["us_median"] / 1e3
+    return {
+        "head_dim": head_dim, "bits": bits, "role": role, "map": kind, "tokens": TOKENS, "kv_heads": HEADS, **times,
+        "gb_s": round(rate, 1), "percent_of_copy": round(100 * rate / copy, 1), "codes_differing": differ,
+    }  # fmt: skip
+
+
+def extend_row(length: int, q_len: int, bits: int) -> dict:
+    cache = packed_inputs(Row("", 1, HEADS, GROUP, 128, length), bits, 0)
+    new = [torch.randn(1, HEADS * n, q_len, 128, device="cuda", dtype=torch.bfloat16) for n in (GROUP, 1, 1)]
+    ours = time_calls([partial(ops.extend_attention, *new, *cache[1:])])
+    k, v = (torch.randn(1, HEADS * GROUP, length + q_len, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    mask = bias.causal_lower_right(q_len, length + q_len)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        flash = time_calls([lambda: F.scaled_dot_product_attention(new[0], k, v, attn_mask=mask)])
+    out = ops.extend_attention(*new, *cache[1:])[:, :GROUP].double()
+    # The first KV head in float64; of the cache's tensors 1 to 8 have the batch first, the maps (11 to 14) do not.
+    head = [x[:, :1] if 1 <= i <= 8 else x[:1] if 11 <= i <= 14 else x for i, x in enumerate(cache)]
+    q, k_new, v_new = new[0][:, :GROUP].double(), new[1][:, :1].double(), new[2][:, :1].double()
+    exact = reference.attention(q, *head[1:], 0.0, None, k_new, v_new, torch.float64)  # type: ignore[call-arg]
+    return {
+        "length": length, "q_len": q_len, "bits": bits, "kv_heads": HEADS, "group": GROUP, "head_dim": 128, **ours,
+        "flash_us_median": flash["us_median"], "times_of_flash": round(ours["us_median"] / flash["us_median"], 3),
+        "rel_error": ((out - exact).norm() / exact.norm()).item(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/prefill_<device>.json")
+    parser.add_argument("--commit", help="recorded in the JSON; default: git rev-parse HEAD")
+    args = parser.parse_args()
+    copy = copy_bandwidth()
+    result = {"device": torch.cuda.get_device_name(0), "versions": versions(), "commit": args.commit or commit()}
+    result |= {"copy_gb_s": round(copy, 1), "encode": [], "extend": []}
+    print(f"{result['device']}: copy {copy:.0f} GB/s")
+    shapes = [(128, "hadamard", (1, 2, 3, 4, 8)), (128, "dense", (3,)), (64, "hadamard", (3,)), (256, "hadamard", (3,))]
+    for head_dim, kind, bits in shapes:
+        for one in bits:
+            for role in ROLES:
+                row = encode_row(head_dim, one, role, kind, copy)
+                result["encode"].append(row)
+                print(
+                    f"encode D {head_dim} {one} bits {role:5} {kind:8} {row['us_median']:7.1f} us "
+                    f"{row['percent_of_copy']:5.1f} % of copy, {row['codes_differing']:.1e} of the codes differ"
+                )
+    for length, q_len in ((8192, 128), (8192, 1024), (32768, 1024), (32768, 4096)):
+        row = extend_row(length, q_len, 3)
+        result["extend"].append(row)
+        print(
+            f"extend {q_len} queries over {length} tokens {row['us_median']:8.1f} us, {row['times_of_flash']:.2f} times"
+            f" flash in bf16 ({row['flash_us_median']:.1f} us), error {row['rel_error']:.1e}"
+        )
+    output = args.output or RESULTS / f"prefill_{device_slug()}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -73,7 +73,9 @@ def combine_gluon_kernel(
     C_LANES: gl.constexpr = COLUMNS // 4 if COLUMNS < 128 else 32
     K_LANES: gl.constexpr = 32 // C_LANES
     K_WIDE: gl.constexpr = num_warps * K_LANES
-    K_EACH: gl.constexpr = 4 if R > 4 else 8
+    K_MOST: gl.constexpr = 4 if R > 4 else 8
+    K_EACH: gl.constexpr = K_MOST if K_WIDE * K_MOST <= DP else DP // K_WIDE
+    gl.static_assert(K_EACH > 0 and DP % (K_WIDE * K_EACH) == 0, "more warps than the product has rows for")
     L_S: gl.constexpr = gl.BlockedLayout([PARTS_EACH, 1, 4], [1, 32 // LANES, LANES], [WP, WR, 1], [2, 1, 0])
     L_E: gl.constexpr = gl.BlockedLayout([PARTS_EACH, 1, 4], [1, 32 // C_LANES, C_LANES], [WP, WR, 1], [2, 1, 0])
     L_F: gl.constexpr = gl.BlockedLayout([K_WIDE, 1, 4], [1, 32 // C_LANES, C_LANES], [WP, WR, 1], [2, 1, 0])

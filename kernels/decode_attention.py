@@ -22,6 +22,9 @@ from .query import prepare_kernel
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 512
 MIN_STEPS = 3  # softmax steps that are worth a program and a partial result
+# A split adds up codes counted from zero and takes the middle level off at its end: what is left of a flat softmax over
+# n tokens is 1 / sqrt(n) of the sum, so float32 rounding grows with n.
+MAX_SPLIT_TOKENS = 8192
 TILE = 32
 CHUNK = 64
 
@@ -131,9 +134,10 @@ def plan(programs: int, tiles: int, exact_tokens: int, slots: int, tiles_per_ste
         chunk: one for each where there is room, else 0, and every split takes an equal share of the exact tokens.
     """
     room = max(1, slots // programs)
-    splits = max(1, min(room, triton.cdiv(tiles, MIN_STEPS * tiles_per_step), MAX_SPLITS))
+    least = triton.cdiv(tiles * TILE, MAX_SPLIT_TOKENS)
+    splits = max(1, least, min(room, triton.cdiv(tiles, MIN_STEPS * tiles_per_step), MAX_SPLITS))
     before = triton.cdiv(exact_tokens, TILE)
-    if room >= splits + before or room >= 4 * before:
+    if room >= splits + before or room >= max(4 * before, least + before):
         return min(splits, room - before), TILE, before
     return splits, TILE * triton.cdiv(exact_tokens, TILE * splits), 0
 

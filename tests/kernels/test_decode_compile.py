@@ -63,6 +63,21 @@ def _compile(case: dict):
         signature, attrs = _signature(fn.arg_names, constants, "*i8")
         source = GluonASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
         return triton.compile(source, target=target, options={"num_warps": 1, "maxnreg": config.registers}), config
+    if case["kernel"] == "merge":
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        from tq_ao.kernels.combine_gluon import combine_gluon_kernel as fn
+
+        merge = host.merge_config(dim, case["rows"], case["splits"], 132)
+        warps = merge.query_warps * merge.part_warps
+        constants = {
+            "G": group, "D": dim, "DP": padded, "COLUMNS": merge.columns, "R": merge.queries, "WR": merge.query_warps,
+            "WP": merge.part_warps, "PARTS_EACH": merge.parts, "MORE": True, "HAS_SINK": True,
+            "PDL": case["arch"] >= 90, "num_warps": warps, "batch": 1,
+        }  # fmt: skip
+        signature, attrs = _signature(fn.arg_names, constants, "*i8")
+        source = GluonASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
+        return triton.compile(source, target=target, options={"num_warps": warps}), None
     if case["kernel"] == "portable":
         from tq_ao.kernels.decode_portable import portable_splits_kernel as fn
 
@@ -152,6 +167,9 @@ GLUON = {
     "16 heads": gluon(group=16),
     "16 heads of 256": gluon(group=16, head_dim=256),
     "soft-cap": gluon(softcap=True),
+    "head_dim 32": gluon(head_dim=32),
+    "24 heads": gluon(group=24),
+    "sm_80": gluon(arch=80),
     "sm_89": gluon(arch=89),
     "sm_100": gluon(arch=100),
 }
@@ -171,14 +189,35 @@ def test_gluon(name: str) -> None:
     assert got["shared"] <= config["stages"] * config["tiles"] * tile + 1024, (
         "shared memory holds the ring and nothing else"
     )
-    # One PRMT looks four codes up, a second gives four signs; int8 values take two to become fp16.
-    per_four = sum({4: 2, 8: eight}.get(bits, 1) for bits, eight in ((k_bits, 0), (v_bits, 2)))
-    prmt = config["tiles"] * 32 * dim // 128 * per_four
-    assert prmt <= loop["PRMT"] <= prmt + 8
+    # An operand register is one AND, 8 for 32 keys, 16 for 32 values; two more put the fourth word of 3 bits together.
+    groups = config["tiles"] * dim // 32
+    masks = groups * (8 * (k_bits < 8) + 16 * (v_bits < 8) + 2 * (k_bits == 3) + 2 * (v_bits == 3))
+    assert masks <= loop["LOP3"] <= masks + 16 + 8 * groups * (v_bits == 8)
+    assert loop["PRMT"] <= 8 + 16 * groups * (v_bits == 8), "only 8-bit values, which become fp16, are permuted"
+    assert loop["F2FP"] <= 8 * config["tiles"] * config["head_tiles"], "probabilities are converted, values are not"
     words = config["tiles"] * (k_bits + v_bits) * dim // 32  # read by each lane
     assert loop["LDS"] + loop["LDSM"] <= words // min(4, dim // 32 & -(dim // 32)) + 4 * config["tiles"]
     if (case["arch"], k_bits, v_bits, dim, case["group"], len(case)) == (90, 3, 3, 128, 4, 5):
-        assert loop.total() <= 15 * 32 * config["tiles"], "a 64-token step took 983 instructions in the study"
+        assert loop.total() <= 12 * 32 * config["tiles"], "a step of 64 tokens takes 740 instructions"
+
+
+MERGES = {  # head_dim, queries of all rows, splits, GPU
+    "many rows": (128, 1024, 6, 90),
+    "very many rows": (128, 4096, 6, 90),
+    "few rows, many splits": (128, 32, 128, 90),
+    "head_dim 32": (32, 32, 128, 90),
+    "head_dim 64": (64, 8, 100, 100),
+    "head_dim 96": (96, 512, 12, 80),
+    "head_dim 256": (256, 256, 15, 90),
+}
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_merge(name: str) -> None:
+    head_dim, rows, splits, arch = MERGES[name]
+    got = report({"kernel": "merge", "arch": arch, "head_dim": head_dim, "group": 4, "rows": rows, "splits": splits})
+    assert got["spills"] == 0
+    assert got["shared"] <= 75 * 1024, "three programs to a multiprocessor"
 
 
 @pytest.mark.parametrize("bits", [(3, 3), (4, 8)])

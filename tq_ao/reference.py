@@ -54,7 +54,7 @@ def quantize(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         cell = (y * (1 / (sigma * book.step).clamp_min(1e-30))).floor().clamp(-half, half - 1)
         codes, c = cell + half, cell + 0.5
     scale = (y * c).sum(-1) / c.square().sum(-1).clamp_min(1e-30)
-    scale = torch.where(torch.isfinite(scale), scale.clamp(max=65504.0), torch.nan)
+    scale = torch.where(torch.isfinite(scale), scale.abs().clamp(max=65504.0), torch.nan)
     return codes.nan_to_num(0.0).to(torch.uint8), scale.half()
 
 

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, help="converted folder or Hub id; others are asked without a schedule")
     p.add_argument("--text", default="enwiki", help="'enwiki' or a UTF-8 text file to hide the facts in")
     p.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="tokens of the prompts")
-    p.add_argument("--prompts", type=int, nargs="+", default=[12, 8, 6, 4], help="passkey prompts of each length")
+    p.add_argument("--prompts", type=int, nargs="+", default=[16, 12, 8, 6], help="passkey prompts of each length")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/retrieval_<model>.json")
     commands.add_parser("report", help="rewrite the tables of docs/quality.md and recipes/README.md")

@@ -9,7 +9,7 @@ from tq_ao.evaluation.ablation import GAIN_SHARES, ablation
 from tq_ao.evaluation.pareto import Options, pareto
 from tq_ao.evaluation.rank_metrics import rank_metrics
 from tq_ao.evaluation.setup import Setup, plain_maps
-from tq_ao.evaluation.transformers_cache import KINDS
+from tq_ao.evaluation.transformers_cache import KINDS, PACKAGES
 
 
 @pytest.fixture
@@ -31,6 +31,8 @@ def test_pareto_rows(setup):
     assert published == [2, 3, 4]
     for method in KINDS:
         assert (method in methods) != bool(found["left_out"].get(method))
+        if method in methods:
+            assert PACKAGES[KINDS[method].backend] in found["versions"]
     for row in found["rows"]:
         assert row["kl"] > 0
         assert row["stored_bits"] > row["code_bits"]

@@ -15,6 +15,7 @@ from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.metrics import Metrics
 from tq_ao.evaluation.setup import Setup, provenance
 from tq_ao.evaluation.simulate import LayerPlan
+from tq_ao.evaluation.transformers_cache import versions
 from tq_ao.rotation import LayerMaps
 
 
@@ -73,6 +74,7 @@ def pareto(
         ppl_ratio, ppl_ratio_stderr, top1, schedule}], variants, left_out: {baseline: why}}.
     """
     origin = provenance()
+    origin["versions"] |= versions()
     evaluate = Evaluator(setup.model, setup.evaluation, window=options.window, sinks=options.sinks)
     rows: list[dict[str, Any]] = []
 

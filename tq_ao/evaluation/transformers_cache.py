@@ -5,6 +5,8 @@ than rounding: no sinks; up to `window` recent tokens are exact, half of them on
 full everything held is read back, put behind it and rounded again.  The packages are optional.
 """
 
+import contextlib
+import importlib.metadata
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +18,8 @@ from tq_ao.evaluation.simulate import softcapped, softmax_with_sink
 
 BITS = (2, 4)  # what both take: quanto has no 3 bits, hqq's 3-bit unpacking fails on tensors of four dimensions
 GROUP = 64  # transformers' default
+
+PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
 
 
 class Kind(NamedTuple):
@@ -60,6 +64,15 @@ def unavailable(config: Any, kind: Kind, window: int) -> str | None:
     if kind.axis_key == -1 and heads * window % GROUP:
         return f"{heads} KV heads of {window} tokens do not fill groups of {GROUP} tokens"
     return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of the optional packages that are installed, for result files."""
+    found = {}
+    for package in PACKAGES.values():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def stored_bits(bits: int) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 METHODS = {
-    "TurboQuant, uniform": "uniform, plain",
+    "the same, even levels": "uniform, plain",
     "25/50/25 by weight MSE": "25/50/25 by k_proj weight MSE",
     "**`--schedule auto`**": "schedule, calibrated",
 }

@@ -37,7 +37,7 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gemma3", "gpt_oss", "phi4_mini"])
 def test_8_bit_decode_follows_the_exact_cache_and_1_bit_does_not(kind, rng):
     model, ids = tiny.model(kind), prompt(rng, 2, 150)
     model.set_attn_implementation("eager")
@@ -120,7 +120,7 @@ def test_static_and_growing_caches_agree(rng):
     assert relative(static, growing) < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "phi4_mini"])
 @pytest.mark.parametrize("implementation", [None, "static"])
 def test_left_padded_rows_give_the_tokens_of_their_own_runs(kind, implementation, rng):
     model = tiny.model(kind)
@@ -231,6 +231,46 @@ def test_gemma3_sliding_layers_keep_their_own_cache(rng):
         assert [isinstance(layer, TurboQuantLayer) for layer in cache.layers] == [False, True] * 2
         assert cache.layers[0].is_sliding and cache.layers[0].keys.shape[2] <= 24
     assert cache.layers[1].k_codes.any()
+
+
+@pytest.mark.parametrize("max_len", [None, 256])
+def test_a_window_no_text_outgrows_is_full_attention(max_len, rng):
+    """Packed in every layer, at any chunking, and the exact layers of a mixed schedule do not slide either."""
+    model, ids = tiny.model("phi4_mini"), prompt(rng, 2, 200)
+    exact = teacher_forced(model, ids, DynamicCache(config=model.config), [60] + [1] * 100 + [40])
+    mixed = TurboQuantConfig(bits=8, layers={1: LayerScheme(16, 16)}, window=WINDOW, sinks=SINKS)
+    for quantization, packed in ((EIGHT, [0, 1, 2]), (mixed, [0, 2])):
+        quantize_kv_(model, quantization)
+        cache = model.turboquant.make_cache(max_len)
+        assert relative(teacher_forced(model, ids, cache, [60] + [1] * 100 + [40]), exact) < 0.1
+        assert [i for i, layer in enumerate(cache.layers) if isinstance(layer, TurboQuantLayer)] == packed
+        assert not any(cache.is_sliding) and all(layer.k_codes.any() for layer in cache.packed_layers())
+
+
+@pytest.mark.parametrize("max_len", [None, 256])
+def test_padding_is_learned_from_masks_named_after_a_window_no_text_outgrows(max_len, rng):
+    """What a compiled `generate` hands over: masks by the name of the layers, of which none says full attention."""
+    model, ids = tiny.model("gemma3", layer_types=["sliding_attention"] * 4, sliding_window=4096), prompt(rng, 2, 90)
+    quantize_kv_(model, EIGHT)
+    mask = torch.ones_like(ids)
+    mask[1, :50] = 0
+    by_name = {"sliding_attention": (mask.bool()[:, None, None] & torch.ones(90, 90, dtype=torch.bool).tril())}
+    cache = model.turboquant.make_cache(max_len)
+    assert len(cache.packed_layers()) == 4
+    with torch.no_grad():
+        model(ids, attention_mask=by_name, **{tiny.CACHE: cache})
+    assert cache.layers[0].start.tolist() == [0, 50]
+
+
+def test_text_that_grows_past_the_switch_of_frequencies(rng):
+    """Phi's `generate` drops the cache there and starts another: one of ours, and the same tokens."""
+    model, ids = tiny.model("phi4_mini", original_max_position_embeddings=100), prompt(rng, 1, 90)
+    options = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
+    exact = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    quantize_kv_(model, TurboQuantConfig(bits=8, window=128, sinks=SINKS))  # no token leaves the window
+    ours = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert isinstance(ours[tiny.CACHE], TurboQuantCache) and torch.equal(ours.sequences, exact.sequences)
+    assert ours[tiny.CACHE].get_seq_length() == exact[tiny.CACHE].get_seq_length()
 
 
 def test_mixed_schedule_with_an_exact_layer(rng):

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from tq_ao import LayerMaps, TurboQuantCache, TurboQuantConfig, hf, quantize_kv_
-from tq_ao.cache import CACHE_NAMES
+from tq_ao.cache import CACHE_NAMES, quantizable_layers
 from tq_ao.config import TRANSFORMS_FILE, LayerScheme
 from tq_ao.rotation import rotations
 
@@ -177,14 +177,41 @@ def test_models_that_cannot_be_packed_say_why():
         (latent, "latent attention"),
         (T5Config(), "encoder-decoder"),
         (tiny.config("llama", head_dim=40), "multiple of 32, got 40"),
-        (tiny.config("gemma3", num_hidden_layers=2), "sliding"),
+        (
+            tiny.config("gemma3", layer_types=["sliding_attention"] * 4),
+            "gemma3_text: no full-attention layers to pack; .*window of 24 tokens, fewer than the 4096 it reads",
+        ),
+        (tiny.config("phi4_mini", sliding_window=2047), "phi3: no full-attention .*window of 2047 tokens, .* 4096 it"),
+        (tiny.config("gemma3", layer_types=["linear_attention"] * 4), "no layer keeps all its keys"),
     ):
-        if "sliding" in message:
-            config.layer_types = ["sliding_attention"] * 4
         with pytest.raises(ValueError, match=message):
             hf.check_supported(config)
     with pytest.raises(ValueError, match=r"names layers \[0\].*those are \[1, 3\]"):
         quantize_kv_(tiny.model("gemma3"), TurboQuantConfig(layers={0: LayerScheme(3, 3)}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "packed"),
+    [
+        ("phi4_mini", {"sliding_window": 4096}, [0, 1, 2]),  # the newest of 4096 tokens sees itself and 4095 others
+        ("phi4_mini", {"sliding_window": 4095}, []),
+        ("phi4_mini", {"sliding_window": None}, [0, 1, 2]),
+        ("gemma3", {}, [1, 3]),
+        ("gemma3", {"sliding_window": 4096}, [0, 1, 2, 3]),
+        ("gemma3", {"sliding_window": 4096, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}, [1, 3]),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}, [0, 1, 2]),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4000, "max_window_layers": 1}, [0]),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 4096}}, [0]),
+        ("gemma3", {"sliding_window": 4096, "layer_types": ["linear_attention", *["sliding_attention"] * 3]}, []),
+    ],
+)  # fmt: skip
+def test_layers_slide_if_a_text_can_outgrow_their_window(kind, changes, packed):
+    config = tiny.config(kind, **{name: value for name, value in changes.items() if name != "layer_types"})
+    config.layer_types = changes.get("layer_types", getattr(config, "layer_types", None))
+    assert quantizable_layers(config) == packed
 
 
 def test_attaching_again_changes_the_schedule_only(rng):

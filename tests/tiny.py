@@ -9,6 +9,7 @@ from transformers import (
     Gemma3TextConfig,
     GptOssConfig,
     LlamaConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -25,15 +26,19 @@ _COMMON = {
 
 
 def config(kind: str, **changes: object) -> PreTrainedConfig:
-    """A small config: llama, qwen2 (k_proj bias), gemma2 (soft-cap), gemma3 (mostly sliding), gpt_oss (sink logits)."""
+    """A small config: llama, qwen2 (k_proj bias), gemma2 (soft-cap), gemma3 (mostly sliding), gpt_oss (sink logits).
+
+    phi4_mini is what Phi-4-mini's config.json says and others' do not: a window in every layer that no text outgrows,
+    part of each head rotated, and other frequencies in texts longer than 1024 tokens.
+    """
     fields = {**_COMMON, "num_hidden_layers": 3, **changes}
     if kind == "gemma3":
         return Gemma3TextConfig(
             **{
-                **fields,
-                "num_hidden_layers": 4,
                 "sliding_window": 24,
                 "layer_types": ["sliding_attention", "full_attention"] * 2,
+                **fields,
+                "num_hidden_layers": 4,
             }
         )
     if kind == "gemma2":
@@ -43,6 +48,19 @@ def config(kind: str, **changes: object) -> PreTrainedConfig:
     if kind == "gpt_oss":
         return GptOssConfig(
             **{**fields, "num_local_experts": 2, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 3}
+        )
+    if kind == "phi4_mini":
+        stretch = {"short_factor": [1.0] * 12, "long_factor": [1.0 + i for i in range(12)]}
+        rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, **stretch}
+        return Phi3Config(
+            **{
+                **fields,
+                "hidden_size": 128,
+                "sliding_window": 8192,
+                "original_max_position_embeddings": 1024,
+                "rope_parameters": rope,
+                **changes,
+            }
         )
     return {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](**fields)
 

@@ -1,6 +1,7 @@
 """The KV cache transformers sees: packed layers where the schedule says so, the model's own kinds elsewhere."""
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from tq_ao.rotation import MapSource
 
 # What transformers calls a model's KV cache: 5.24 renamed the second to the first, in forwards, outputs and `generate`.
 CACHE_NAMES = ("cache", "past_key_values")
+SLIDING = "sliding_attention"  # the layer type
 
 
 def _name_in_generate() -> str:
@@ -57,14 +59,48 @@ def cache_argument(module: torch.nn.Module) -> str:
 
 
 def quantizable_layers(config: PreTrainedConfig) -> list[int]:
-    """Indices of the layers a schedule may pack: full attention with a KV cache of their own."""
+    """Indices of the layers a schedule may pack: full attention, in name or in effect, with a KV cache of their own."""
     types, _ = _layer_types(config)
     return [i for i, kind in enumerate(types) if kind == "full_attention"]
 
 
+def sliding_windows(config: PreTrainedConfig) -> list[int]:
+    """The windows of the layers that really slide, in tokens, ascending and each once."""
+    return sorted(
+        {extra["sliding_window"] for kind, extra in zip(*_layer_types(config), strict=True) if kind == SLIDING}
+    )
+
+
 def _layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
-    types, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    return list(types), kwargs if isinstance(kwargs, list) else [kwargs] * len(types)
+    """Kind of every layer's cache and what to make it with; a window that no text outgrows is full attention.
+
+    Phi-3.5-mini and Phi-4-mini declare 262144 tokens in every layer and read 131072.  All sliding layers or none:
+    transformers makes one mask for them all, as long as the first of them that slides in the cache, else as layer 0;
+    so every layer must be of one of the two kinds, too.
+    """
+    text = config.get_text_config(decoder=True)
+    types, kwargs = get_layer_types_and_kwargs(text)
+    kwargs = kwargs if isinstance(kwargs, list) else [kwargs] * len(types)
+    windows = [extra["sliding_window"] for kind, extra in zip(types, kwargs, strict=True) if kind == SLIDING]
+    if windows and {*types} <= {SLIDING, "full_attention"} and min(windows) >= longest_text(text):
+        return ["full_attention"] * len(types), [{}] * len(types)
+    return list(types), kwargs
+
+
+def longest_text(text_config: PreTrainedConfig) -> float:
+    """Tokens a text may have: max_position_embeddings, or what its positions are stretched to; inf if not known.
+
+    Some configs keep max_position_embeddings when a stretching of positions (YaRN, linear) is written into them.
+    """
+    stated = getattr(text_config, "max_position_embeddings", None)
+    if stated is None:
+        return math.inf
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    reach = [stated]
+    for part in (rope, *rope.values()):  # one set of parameters, or one by layer type
+        if isinstance(part, dict) and part.get("factor"):
+            reach.append(part["factor"] * (part.get("original_max_position_embeddings") or stated))
+    return max(reach)
 
 
 class TurboQuantCache(Cache):
@@ -141,8 +177,8 @@ class TurboQuantCache(Cache):
                 )
             self._mask_faults = None
         layers = self.packed_layers()
-        if isinstance(attention_mask, dict):
-            attention_mask = attention_mask.get("full_attention")
+        if isinstance(attention_mask, dict):  # where no layer is full attention by name, packed ones slide by name only
+            attention_mask = attention_mask.get("full_attention", attention_mask.get(SLIDING))
         if attention_mask is None or not layers:
             return
         if query_length == 1 and not layers[0].is_empty and not padding_only:

@@ -22,7 +22,9 @@ from tq_ao.cache import (
     cache_argument,
     check_shape,
     head_dim,
+    longest_text,
     quantizable_layers,
+    sliding_windows,
 )
 from tq_ao.config import TRANSFORMS_FILE, TurboQuantConfig
 from tq_ao.quantizer import TurboQuantQuantizationConfig
@@ -108,9 +110,13 @@ def check_supported(config: PreTrainedConfig) -> None:
             "layout v2 has no other shapes"
         )
     if not quantizable_layers(config):
-        raise ValueError(
-            f"{text.model_type}: no full-attention layers to pack (sliding-window layers keep their own small cache)"
-        )
+        windows, why = sliding_windows(config), "no layer keeps all its keys and values"
+        if windows:
+            why = (
+                f"its layers see a sliding window of {' or '.join(map(str, windows))} tokens, fewer than the "
+                f"{longest_text(text):g} it reads, and keep their own small cache"
+            )
+        raise ValueError(f"{text.model_type}: no full-attention layers to pack; {why}")
 
 
 def attach(

@@ -52,6 +52,16 @@ ARCHITECTURES = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "vocab_size": 32768,
         "sliding_window": None,
     },
+    "phi-3.5-mini": {
+        "model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 131072, "vocab_size": 32064,
+        "sliding_window": 262144,
+    },
+    "phi-4-mini": {
+        "model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "max_position_embeddings": 131072, "vocab_size": 200064,
+        "sliding_window": 262144,
+    },
     "phi-4": {
         "model_type": "phi3", "hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40,
         "num_attention_heads": 40, "num_key_value_heads": 10, "max_position_embeddings": 16384, "vocab_size": 100352,

@@ -29,18 +29,18 @@ def _load_parts(
     l = tl.load(p_ml + rows + at, mask=inside, other=0.0)
     m = tl.load(p_ml + at, mask=inside, other=-1e30)
     o = tl.load(p_o + at[:, :, None] * D + dims[None, None, :], mask=inside[:, :, None] & (dims < D), other=0.0)
-    return tl.where(l > 0.0, m, -1e30), l, o
+    return tl.where(l == 0.0, -1e30, m), l, o
 
 
 @triton.jit
 def _weighted(m, l, o, top):
     """Mass [R] and output [R, dims] relative to 2 ** top [R]."""
-    weight = tl.where(l > 0.0, tl.exp2(m - top[None, :]), 0.0)
-    o = tl.where((l > 0.0)[:, :, None], o * weight[:, :, None], 0.0)
+    weight = tl.where(l == 0.0, 0.0, tl.exp2(m - top[None, :]))
+    o = tl.where((l == 0.0)[:, :, None], 0.0, o * weight[:, :, None])
     return tl.sum(weight * l, axis=0), tl.sum(o, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "splits", "chunks"])
 def combine_kernel(
     split_o, split_ml, exact_o, exact_ml, output_map, value_shift, sink_logits, out,
     batch, heads, splits, chunks,
@@ -90,7 +90,7 @@ def combine_kernel(
     total = mass + mass_exact
     if HAS_SINK:
         total += tl.exp2(sink - top)
-    inverse = tl.where(total > 0.0, 1.0 / total, 0.0)
+    inverse = tl.where(total == 0.0, 0.0, 1.0 / total)  # NaN stays
 
     y += tl.sum(x[:, :, None] * map[None, :, :], axis=1) + mass[:, None] * shift[None, :]
     at = (((mine // G).to(tl.int64) * heads + h) * G + mine % G)[:, None] * D + column[None, :]

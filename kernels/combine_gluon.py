@@ -1,9 +1,9 @@
 """combine.py with every layout chosen by hand (Gluon, sm_80 and newer): the tail of each decode step.
 
 Same formula, grid and buffers.  A thread holds PARTS_EACH partial results of one query at a time, so merging needs no
-exchange; the output map waits in shared memory, copied while the splits end; the product with it is plain float32
-multiply-adds, which is fewer instructions than tensor-core operands would take to build.
-Block: WR warps over queries times WP over partial results.
+exchange while every warp has queries of its own; the output map waits in shared memory, copied while the splits end;
+the product with it is plain float32 multiply-adds, which is fewer instructions than tensor-core operands would take to
+build.  Block: WR warps over queries times WP over partial results.
 """
 
 from triton.experimental import gluon
@@ -29,14 +29,14 @@ def _load_parts(p_o, p_ml, rows, base, live, parts, first, part, dims, G: gl.con
     o = gl.load(
         p_o + at[:, :, None] * D + dims[None, None, :], mask=inside[:, :, None] & (dims < D)[None, None, :], other=0.0
     )
-    return gl.where(l > 0.0, m, -1e30), l, o
+    return gl.where(l == 0.0, -1e30, m), l, o
 
 
 @gluon.jit
 def _weighted(m, l, o, top):
     """Mass and output of every part relative to 2 ** top, which broadcasts to m."""
-    weight = gl.where(l > 0.0, gl.exp2(m - top), 0.0)
-    return weight * l, gl.where((l > 0.0)[:, :, None], o * weight[:, :, None], 0.0)
+    weight = gl.where(l == 0.0, 0.0, gl.exp2(m - top))
+    return weight * l, gl.where((l == 0.0)[:, :, None], 0.0, o * weight[:, :, None])
 
 
 @gluon.jit
@@ -59,7 +59,7 @@ def _merge(
     return m, l, o
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["batch", "splits", "chunks"])
 def combine_gluon_kernel(
     split_o, split_ml, exact_o, exact_ml, output_map, value_shift, sink_logits, out,
     batch, heads, splits, chunks,
@@ -133,7 +133,7 @@ def combine_gluon_kernel(
     y = gl.sum(y, axis=0)
     if HAS_SINK:
         total += gl.exp2(sink - top)
-    inverse = gl.where(total > 0.0, 1.0 / total, 0.0)
+    inverse = gl.where(total == 0.0, 0.0, 1.0 / total)  # NaN stays
 
     x_s = gl.allocate_shared_memory(gl.float32, [R, DP], S2)
     x_s.store(x)

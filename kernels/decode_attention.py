@@ -1,15 +1,17 @@
 """Decode attention (one query token per row) over packed K and V: three launches, no synchronisation with the host.
 
-    query.py            rotate and split the queries; attend to sinks and recent tokens, which are exact
-    decode_gluon.py     packed tiles, split over the sequence (or decode_portable.py: same tiles, any GPU)
-    combine.py          merge, un-rotate once, add the exact part
+    query.py            rotate the queries
+    decode_gluon.py     packed tiles, split over the sequence, and a share of the exact tokens
+    combine_gluon.py    merge, un-rotate once, add the exact part
 
-Row lengths are read from device memory by each launch; the grids depend on shapes and the number of SMs only, so a
+On other GPUs query.py attends to the exact tokens, and decode_portable.py and combine.py do the rest.
+
+Row lengths are read from device memory; the grids depend on shapes and the number of SMs only, so a
 captured CUDA graph replays correctly while the cache grows.
 """
 
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,14 +27,8 @@ MIN_STEPS = 3  # softmax steps that are worth a program and a partial result
 # A split adds up codes counted from zero and takes the middle level off at its end: what is left of a flat softmax over
 # n tokens is 1 / sqrt(n) of the sum, so float32 rounding grows with n.
 MAX_SPLIT_TOKENS = 8192
+MAX_PAIRS = 65535  # programs along the second axis of a grid
 TILE = 32
-CHUNK = 64
-
-
-class Codebook(Protocol):
-    """What the kernels need of tq_ao.codebook.Codebook."""
-
-    bits: int
 
 
 def _gluon_obstacle(device: torch.device) -> str | None:
@@ -74,7 +70,7 @@ class Config(NamedTuple):
     resident: int
 
 
-def configure(head_dim: int, head_tiles: int, k_bits: int, v_bits: int) -> Config:
+def configure(head_dim: int, head_tiles: int) -> Config:
     """The launch of the Gluon kernel for a shape; head_tiles: tiles of 8 query heads to a KV head."""
     together = min(head_tiles, 2 if head_dim <= 128 else 1)
     if together == 2 or head_dim > 128:
@@ -103,13 +99,13 @@ def merge_config(head_dim: int, rows: int, splits: int, multiprocessors: int) ->
     Many queries: warps share them, and the map is read fewer times; few queries: warps share the partial results.
     """
     padded = triton.next_power_of_2(head_dim)
-    columns = padded if padded <= 128 else 64
+    columns = padded if padded <= 128 else 64 if padded == 256 else 32
     lanes = max(1, 128 // padded)  # queries to a warp
 
     def programs(warps: int) -> int:
         return rows // (warps * lanes) * triton.cdiv(head_dim, columns)
 
-    if programs(4) > 3 * multiprocessors and padded <= 128:
+    if programs(4) > 3 * multiprocessors and 64 <= padded <= 128:
         return MergeConfig(columns, 8 * lanes, 8, 1, parts=4)
     for warps in (4, 2):
         if programs(warps) >= multiprocessors:
@@ -147,13 +143,13 @@ def decode_attention(
     k_sinks: torch.Tensor, v_sinks: torch.Tensor, k_recent: torch.Tensor, v_recent: torch.Tensor,
     length: torch.Tensor, start: torch.Tensor, query_map: torch.Tensor, key_shift: torch.Tensor,
     output_map: torch.Tensor, value_shift: torch.Tensor, window: int, scale: float, softcap: float,
-    sink_logits: torch.Tensor | None, key_book: Codebook, value_book: Codebook, impl: str = "auto",
+    sink_logits: torch.Tensor | None, k_bits: int, v_bits: int, impl: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
     """Attention of one query token per row over a packed cache; the meaning of every argument is reference.attention's.
 
     Args:
         q: [B, Hq, 1, D] in bfloat16, float16 or float32.
-        key_book, value_book: the codebooks of k_codes and v_codes.
+        k_bits, v_bits: code widths of k_codes and v_codes.
         impl: "gluon" (NVIDIA, compute capability 8.0 and newer), "triton" (portable), "auto": the first that runs.
 
     Returns:
@@ -172,6 +168,10 @@ def decode_attention(
     if impl == "gluon" and obstacle:
         raise ValueError(f"impl='gluon' does not run on {q.device}: {obstacle}; use impl='triton'")
     use_gluon = impl != "triton" and obstacle is None
+    if batch * heads > MAX_PAIRS:
+        raise ValueError(
+            f"expected at most {MAX_PAIRS} pairs of row and KV head, got {batch} x {heads}; split the batch"
+        )
     group, device = q_heads // heads, q.device
     padded = triton.next_power_of_2(dim)
     head_tiles = triton.cdiv(group, 8)
@@ -192,16 +192,17 @@ def decode_attention(
     if softcap:
         factor *= 2.0 / softcap
     sinks, capacity = k_sinks.shape[2], k_recent.shape[2]
-    config = configure(dim, head_tiles, key_book.bits, value_book.bits)
+    config = configure(dim, head_tiles)
     programs = batch * heads * triton.cdiv(head_tiles, config.head_tiles)
     # The Gluon kernel attends to a 16-bit window itself, at the same time as to the packed tiles.
     separate = not use_gluon or not _readable_by_gluon(k_sinks, v_sinks, k_recent, v_recent)
     # Exact tokens a row can have: the sinks, the window, and what waits for its tile to fill.
     exact_tokens = max(1, sinks + (min(window + TILE, capacity) if capacity else 0))
     slots = _multiprocessors(device) * config.resident
+    half_precision = q.dtype.itemsize == 2 and k_recent.dtype.itemsize == 2
     splits, chunk, before = plan(programs, tiles, exact_tokens, slots, config.tiles)
     if separate:
-        chunk, before = CHUNK, 0
+        chunk, before = (64 if half_precision or padded <= 128 else 32), 0  # what shared memory holds
     chunks = triton.cdiv(exact_tokens, chunk)
 
     f32 = torch.float32
@@ -216,15 +217,14 @@ def decode_attention(
 
     # Programmatic dependent launch: each launch starts while the one before it ends.
     pdl = use_gluon and torch.cuda.get_device_capability(device) >= (9, 0)
-    half_precision = q.dtype.itemsize == 2 and k_recent.dtype.itemsize == 2
     exact_programs = batch * heads * triton.cdiv(group, 16) * chunks if separate else 0
-    unit = 127.0 if key_book.bits == 8 else 1.0
+    unit = 127.0 if k_bits == 8 else 1.0
     columns = 32
     prepare_kernel[(heads * triton.cdiv(batch * group, 16) * (dim // columns) + exact_programs,)](
         q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, exact_o, exact_ml,
         q.stride(0), q.stride(1), *sink_strides, *recent_strides, batch, heads, sinks, window, capacity, chunks, factor,
         1.0 / unit, cap, G=group, D=dim, DP=padded, COLUMNS=columns, KC=min(64, padded), OPERAND=_operand(),
-        SOFTCAP=softcap > 0, EXACT=separate, CHUNK=CHUNK,
+        SOFTCAP=softcap > 0, EXACT=separate, CHUNK=chunk if separate else TILE,
         PRECISION="tf32" if half_precision else "tf32x3", PDL=pdl, num_warps=8 if separate else 4,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
@@ -238,10 +238,10 @@ def decode_attention(
             q, k_sinks, v_sinks, k_recent, v_recent, length, start, split_o, split_ml, exact_o, exact_ml,
             *key_strides, *value_strides, q.stride(0), q.stride(1), *sink_strides, *recent_strides,
             heads, sinks, window, capacity, splits, here, before, chunk, factor, cap,
-            G=group, D=dim, K_BITS=key_book.bits, V_BITS=value_book.bits, HT=config.head_tiles,
+            G=group, D=dim, K_BITS=k_bits, V_BITS=v_bits, HT=config.head_tiles,
             TILES=config.tiles, STAGES=config.stages, SOFTCAP=softcap > 0, PDL=pdl,
-            K_ASM=key_asm(key_book.bits), K_CONSTRAINTS=constraints(8, key_book.bits),
-            V_ASM=value_asm(value_book.bits), V_CONSTRAINTS=constraints(16, value_book.bits),
+            K_ASM=key_asm(k_bits), K_CONSTRAINTS=constraints(8, k_bits),
+            V_ASM=value_asm(v_bits), V_CONSTRAINTS=constraints(16, v_bits),
             num_warps=1, maxnreg=config.registers, launch_pdl=pdl,
         )  # fmt: skip
     else:
@@ -249,10 +249,9 @@ def decode_attention(
         v_strides = (value_strides[0] // 4, value_strides[1] // 4, *value_strides[2:])
         portable_splits_kernel[(splits, batch * heads, triton.cdiv(group, 16))](
             rotated, bias, k_codes.view(torch.int32), k_scales, v_codes.view(torch.int32), v_scales,
-            length, start, split_o, split_ml, *k_strides, *v_strides, heads, sinks, window, capacity, splits, cap,
-            1 / 127 if value_book.bits == 8 else 1.0,
-            G=group, D=dim, DP=padded,
-            K_BITS=key_book.bits, V_BITS=value_book.bits, SOFTCAP=softcap > 0, num_warps=8, num_stages=1,
+            length, start, split_o, split_ml, *k_strides, *v_strides, heads, sinks, window, capacity, splits,
+            cap, 1 / 127 if v_bits == 8 else 1.0, G=group, D=dim, DP=padded,
+            K_BITS=k_bits, V_BITS=v_bits, SOFTCAP=softcap > 0, num_warps=8, num_stages=1,
         )  # fmt: skip
     sink = sink_logits if sink_logits is not None else bias
     arguments = (

@@ -1,4 +1,4 @@
-"""Splits of a decode step over packed K and V on the tensor cores, codes as MMA operands (Gluon, sm_89 and newer).
+"""Splits of a decode step over packed K and V on the tensor cores, codes as MMA operands (Gluon, sm_80 and newer).
 
 Per step of TILES tiles (32 tokens each) of one KV head, for up to 8 HT query heads:
 
@@ -26,7 +26,8 @@ from .fragments import INT8_TO_FP16, double_starts, units
 async_load = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
-RESCALE = gl.constexpr(4.0)  # p is kept 2 ** 4 larger: small p |v| stay normal in fp16
+# p is kept 2 ** 4 larger: small p |v| stay normal in fp16, which holds value scales up to 4094.
+RESCALE = gl.constexpr(4.0)
 
 
 @gluon.jit
@@ -292,7 +293,8 @@ def _attend_exact(
     chunk_tokens, factor, cap,
     G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, SOFTCAP: gl.constexpr, S_L: gl.constexpr,
 ):  # fmt: skip
-    """Online softmax of 8 query heads over chunk_tokens exact tokens: maximum, sum, output for each QD dimensions.
+    """Online softmax of 8 query heads over chunk_tokens exact tokens: maximum, sum, output for each QD dimensions,
+    and whether there were any.
 
     Queries and probabilities enter the 16-bit products as high + low part: 16 bits or more.
     """
@@ -399,7 +401,7 @@ def _load_query(
     """Eight query heads as 15-bit integers in two int8 rows: y = step * (128 hi + lo).
 
     The integer tensor cores read both for the price of one, hi in rows 0-7 and lo in rows 8-15 of an m16 operand.
-    Returns the operand of each QD dimensions, what scores start at [16, 32], step / 128 and bias [8].
+    Returns the operand of each QD dimensions, what scores start at [16, 32], step and bias [8].
     """
     QA: gl.constexpr = gl.DotOperandLayout(0, S_L, 4)
     like = gl.permute(gl.reshape(gl.zeros([16, QD], gl.int8, QA), [2, 8, QD]), (1, 2, 0))
@@ -413,7 +415,8 @@ def _load_query(
     top = gl.max(gl.abs(y[0]), axis=1)
     for c in gl.static_range(1, D // QD):
         top = gl.maximum(top, gl.max(gl.abs(y[c]), axis=1))
-    inverse = 127.0 / gl.maximum(top, 1e-35)
+    top = gl.maximum(top, 1e-30)  # a query of zeros: masked scores are -inf times its step
+    inverse = 127.0 / top
     total = gl.zeros([8], gl.float32, gl.SliceLayout(1, L))
     q = ()
     for c in gl.static_range(D // QD):
@@ -431,16 +434,14 @@ def _load_query(
     zero = gl.zeros([8], gl.float32, gl.SliceLayout(1, L))
     two = gl.reshape(gl.permute(gl.join(zero, total), (1, 0)), [16])
     sums = gl.convert_layout(two, gl.SliceLayout(1, S_L)).to(gl.int32)
-    twice = _choose(
-        tile, _key_start(K_BITS, 0), _key_start(K_BITS, 1), _key_start(K_BITS, 2), _key_start(K_BITS, 3)
-    )
+    twice = _choose(tile, _key_start(K_BITS, 0), _key_start(K_BITS, 1), _key_start(K_BITS, 2), _key_start(K_BITS, 3))
     start = sums[:, None] * twice[None, :] >> 1
     head = gl.minimum(first_head + half, G - 1)
     step = gl.convert_layout(top, half.type.layout) * (1.0 / (127.0 * 128.0))
     return q, start, step, gl.load(bias + row + head)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["splits", "chunks", "before"])
 def gluon_splits_kernel(
     rotated, bias, k_codes, k_scales, v_codes, v_scales, q_exact, k_sinks, v_sinks, k_recent, v_recent, length, start,
     split_o, split_ml, exact_o, exact_ml,

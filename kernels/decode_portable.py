@@ -62,7 +62,7 @@ def _levels(p_words, address, shift, spread, flip, live, D: tl.constexpr, BITS: 
     return level.to(tl.float16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def portable_splits_kernel(
     rotated, bias, k_codes, k_scales, v_codes, v_scales, length, start, split_o, split_ml,
     stride_kb, stride_kh, stride_ksb, stride_ksh, stride_vb, stride_vh, stride_vsb, stride_vsh,

@@ -399,7 +399,7 @@ def merge_kernel(
     total = w_exact + mass
     if LOGITS:
         total += tl.exp2(logit - top)
-    share = tl.where((total > 0) & (i >= skip), 1.0 / total, 0.0)
+    share = tl.where((total == 0) | (i < skip), 0.0, 1.0 / total)  # NaN stays
 
     dims = tl.arange(0, DP)
     inside = ok[:, None] & (dims < D)[None, :]

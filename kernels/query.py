@@ -1,6 +1,6 @@
 """Query preparation and, for wide windows, the exact part of a decode step: one launch of two kinds of programs.
 
-For every query head x of a row (log2 domain, c = scale * log2(e); with a soft-cap also times 2 / (cap * log2(e))):
+For every query head x of a row (log2 domain, c = scale * log2(e); with a soft-cap also times 2 / cap):
 
     y     = c / unit * x @ query_map            unit: 127 for 8-bit keys, whose levels are code / 127, else 1
     bias  = c * x . key_shift                   what packed scores lack against exact ones
@@ -138,7 +138,7 @@ def _attend_exact(
         tl.store(exact_o + q_row[:, None] * D + dims[None, :], o, mask=has_head[:, None] & in_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "chunks"])
 def prepare_kernel(
     q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, exact_o, exact_ml,
     stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
@@ -150,7 +150,7 @@ def prepare_kernel(
 
     rotated: float32 [B * Hq, D]; bias: float32 [B * Hq]; exact_o: float32 [B * H, chunks, G, D], not written where a
     chunk is empty; exact_ml: float32 [2, B * H, chunks, G].
-    factor = scale * log2(e), times 2 / (cap * log2(e)) under a soft-cap.
+    factor = scale * log2(e), times 2 / cap under a soft-cap.
     """
     pid = tl.program_id(0)
     maps = heads * ((batch * G + 15) // 16) * (D // COLUMNS)

@@ -65,7 +65,8 @@ def _encode_cuda(x, map, shift, bits, role, *, impl="auto"):
         return reference.encode(x, map, shift, bits, role)
     from tq_ao.kernels import encode as kernel
 
-    return kernel.encode(x, map, shift, codebook(bits), role)
+    with torch.cuda.device(x.device):  # Triton launches on the current one
+        return kernel.encode(x, map, shift, codebook(bits), role)
 
 
 def _encode_fake(x, map, shift, bits, role, *, impl="auto"):
@@ -93,7 +94,8 @@ def _append_cuda(*args, impl="auto"):
         return
     from tq_ao.kernels import encode as kernel
 
-    kernel.append_(*args, *_books(args[0], args[2], args[8].shape[-1]))
+    with torch.cuda.device(args[0].device):
+        kernel.append_(*args, *_books(args[0], args[2], args[8].shape[-1]))
 
 
 def _append_fake(*args, impl="auto"):
@@ -110,7 +112,9 @@ def _decode_cuda(q, *args, softcap=0.0, sink_logits=None, impl="auto"):
         return reference.attention(q, *args, softcap, sink_logits)
     from tq_ao.kernels import decode_attention as kernel
 
-    return kernel.decode_attention(q, *args, softcap, sink_logits, *_books(args[0], args[2], q.shape[-1]), impl)
+    bits = (bits_of(codes, q.shape[-1]) for codes in (args[0], args[2]))
+    with torch.cuda.device(q.device):
+        return kernel.decode_attention(q, *args, softcap, sink_logits, *bits, impl)
 
 
 def _decode_fake(q, *args, softcap=0.0, sink_logits=None, impl="auto"):
@@ -127,7 +131,9 @@ def _extend_cuda(q, k_new, v_new, *args, softcap=0.0, sink_logits=None, impl="au
         return reference.attention(q, *args, softcap, sink_logits, k_new, v_new)
     from tq_ao.kernels import extend_attention as kernel
 
-    return kernel.extend_attention(q, k_new, v_new, *args, softcap, sink_logits, *_books(args[0], args[2], q.shape[-1]))
+    books = _books(args[0], args[2], q.shape[-1])
+    with torch.cuda.device(q.device):
+        return kernel.extend_attention(q, k_new, v_new, *args, softcap, sink_logits, *books)
 
 
 def _extend_fake(q, k_new, v_new, *args, softcap=0.0, sink_logits=None, impl="auto"):

@@ -53,7 +53,7 @@ def _compile(case: dict):
         from tq_ao.kernels.fragments import constraints, key_asm, value_asm
 
         k_bits, v_bits = case["bits"]
-        config = host.configure(dim, -(-group // 8), k_bits, v_bits)
+        config = host.configure(dim, -(-group // 8))
         constants = {
             "G": group, "D": dim, "K_BITS": k_bits, "V_BITS": v_bits, "HT": config.head_tiles, "TILES": config.tiles,
             "STAGES": config.stages, "SOFTCAP": softcap, "PDL": case["arch"] >= 90, "K_ASM": key_asm(k_bits),
@@ -88,7 +88,7 @@ def _compile(case: dict):
 
         constants = {
             "G": group, "D": dim, "DP": padded, "COLUMNS": 32, "KC": 64, "OPERAND": triton.language.bfloat16,
-            "SOFTCAP": softcap, "EXACT": True, "CHUNK": host.CHUNK,
+            "SOFTCAP": softcap, "EXACT": True, "CHUNK": 64,
             "PRECISION": "tf32", "PDL": False,
         }  # fmt: skip
     else:
@@ -206,6 +206,7 @@ MERGES = {  # head_dim, queries of all rows, splits, GPU
     "very many rows": (128, 4096, 6, 90),
     "few rows, many splits": (128, 32, 128, 90),
     "head_dim 32": (32, 32, 128, 90),
+    "head_dim 32, very many rows": (32, 20_000, 2, 80),
     "head_dim 64": (64, 8, 100, 100),
     "head_dim 96": (96, 512, 12, 80),
     "head_dim 256": (256, 256, 15, 90),

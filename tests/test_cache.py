@@ -453,8 +453,9 @@ def test_compiled_decode_is_one_graph_without_recompiles(rng):
     assert len(graphs) == 1
 
 
-def test_generate_compiles_decode_as_one_full_graph(rng):
-    model, ids = tiny.model(), prompt(rng, 2, 60)
+@pytest.mark.parametrize("kind", ["llama", "phi4_mini"])
+def test_generate_compiles_decode_as_one_full_graph(kind, rng):
+    model, ids = tiny.model(kind), prompt(rng, 2, 60)
     quantize_kv_(model, THREE)
     options = {
         "attention_mask": torch.ones_like(ids),

@@ -15,26 +15,41 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import yaml
 
 import tq_ao.quiet  # noqa: F401 - before anything imports torchao
 from tq_ao import hub, recipe
+from tq_ao.calibration.target import LOSSES
 from tq_ao.convert import convert
 from tq_ao.errors import HubError, TurboQuantError
 
 
+class Parser(argparse.ArgumentParser):
+    """Mistakes in flags look like all others: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", nargs="?", help="alias (gemma-2b, smollm2-135m, ...), local folder or Hub id")
     p.add_argument("--recipe", type=Path, help="YAML file with these settings; flags override it")
     p.add_argument("--target", help="which target of the recipe, such as 2bit or memory-first; default: what it says")
     p.add_argument(
         "--schedule", help="auto (measured), uniform, or a JSON/YAML file {layer: [k_bits, v_bits]}; default auto"
     )
-    p.add_argument("--bits", type=float, help="average code bits per value (with --max-kl the most); default 3")
+    p.add_argument(
+        "--bits", type=float, help="average code bits per value (with --max-kl or --max-ppl the most); default 3"
+    )
     p.add_argument("--max-kl", type=float, help="take the fewest bits whose measured KL (nats) stays under this")
+    p.add_argument(
+        "--max-ppl", type=float, metavar="PERCENT",
+        help="take the fewest bits whose measured perplexity rises by at most this; with --max-kl both hold",
+    )  # fmt: skip
     p.add_argument(
         "--maps", choices=("auto", "plain"), help="calibrated maps, or TurboQuant's random rotations; default auto"
     )
@@ -70,7 +85,7 @@ def settings(args: argparse.Namespace) -> recipe.Recipe:
     if args.target is not None and args.recipe is None:
         raise ValueError("expected --recipe with --target; targets are settings in a recipe, see recipes/README.md")
     base = recipe.load(args.recipe, args.target) if args.recipe else recipe.Recipe(model=args.model)
-    names = ("model", "bits", "max_kl", "maps", "window", "sinks", "seed")
+    names = ("model", "bits", *LOSSES, "maps", "window", "sinks", "seed")
     changes = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.schedule is not None:
         changes["schedule"] = args.schedule if args.schedule in ("auto", "uniform") else schedule_file(args.schedule)
@@ -82,7 +97,8 @@ def settings(args: argparse.Namespace) -> recipe.Recipe:
 
 def default_output(chosen: recipe.Recipe, target: str | None) -> Path:
     """<model>-tq3, or <model>-tq-memory-first for a target asked for by name."""
-    label = f"{chosen.bits:g}" if chosen.max_kl is None else f"-kl{chosen.max_kl:g}"
+    limits = (f"-{name.removeprefix('max_')}{limit:g}" for name, limit in chosen.limits.items())
+    label = "".join(limits) or f"{chosen.bits:g}"
     return Path(f"{Path(chosen.model).name}-tq{label if target is None else f'-{target}'}")
 
 
@@ -115,10 +131,10 @@ def show(report: dict) -> None:
     print(
         f"measured through the packed cache on {report['text']} (window {report['window']}, sinks {report['sinks']}):"
     )
-    change = 100 * (report["ppl_after"] / report["ppl_before"] - 1)
     print(
         f"  this schedule: KL {report['kl']:.5f} +- {report['kl_stderr']:.5f}, "
-        f"perplexity {report['ppl_before']:.3f} -> {report['ppl_after']:.3f} ({change:+.2f} %)"
+        f"perplexity {report['ppl_before']:.3f} -> {report['ppl_after']:.3f} "
+        f"({report['ppl_rise']:+.2f} +- {report['ppl_rise_stderr']:.2f} %)"
     )
     if base := report.get("baseline_uniform"):
         print(

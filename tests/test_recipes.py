@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tq_ao import TurboQuantCache, hf, recipe_table
 from tq_ao.cache import GENERATE_CACHE, head_dim, quantizable_layers
 from tq_ao.calibration import Shape, knapsack
-from tq_ao.calibration.target import meet
+from tq_ao.calibration.target import LOSSES, meet
 from tq_ao.embedded import EMBEDDED
 from tq_ao.evaluation.decode_kl import prove_packed
 from tq_ao.models import ALIASES
@@ -46,7 +46,7 @@ def test_it_says_everything_and_how_to_run_it(path):
     assert script.settings(args) == load(path)
     for changes in data["targets"].values():
         unsaid = {field.name for field in fields(Recipe)} - set(data) - set(changes)
-        assert unsaid <= {"max_kl"}, "no hidden defaults"
+        assert unsaid <= set(LOSSES), "no hidden defaults"
 
 
 @every_recipe
@@ -65,7 +65,7 @@ def test_every_target_fits_the_model(path):
         schedule = knapsack(costs, shape, target.bits)
         assert shape.average(schedule) == pytest.approx(target.bits), f"{name}: reachable with {len(layers)} layers"
         if name.endswith("bit"):
-            assert name == f"{target.bits:g}bit" and target.max_kl is None
+            assert name == f"{target.bits:g}bit" and not target.limits
         resolved = target.config(schedule).resolve(layers, whole.num_hidden_layers, dim)
         cache = TurboQuantCache(whole, resolved)
         assert [i for i, layer in enumerate(cache.layers) if layer in cache.packed_layers()] == layers
@@ -77,7 +77,7 @@ def test_every_target_fits_the_model(path):
     quality, memory = targets["quality-first"], targets["memory-first"]
     assert quality.bits == max(target.bits for target in targets.values())
     assert quality.window > targets["4bit"].window > memory.window
-    tried = meet(memory.max_kl, lambda bits: knapsack(costs, shape, bits), lambda s: 0.0, high=memory.bits)
+    tried = meet(memory.limits, lambda bits: knapsack(costs, shape, bits), lambda s: {"max_kl": 0.0}, high=memory.bits)
     assert tried.budget == 1.0, "all budgets down to the smallest schedule can be tried"
 
 
@@ -160,6 +160,9 @@ def test_targets_change_what_they_name_and_nothing_else(tmp_path):
     assert replace(b, bits=3, calibration=a.calibration) == a
     path.write_text(b.to_yaml())
     assert load(path) == b and load_targets(path) == {}
+    limited = replace(b, max_kl=0.01, max_ppl=1.0)
+    path.write_text(limited.to_yaml())
+    assert load(path) == limited and limited.limits == {"max_kl": 0.01, "max_ppl": 1.0} and not b.limits
 
 
 @pytest.mark.parametrize(
@@ -172,8 +175,19 @@ def test_targets_change_what_they_name_and_nothing_else(tmp_path):
         ({"targets": {"a": {}, "b": {"bitts": 2}}}, "a", r"target b: unknown keys \['bitts'\]"),
         ({"targets": {"a": {}, "b": 2}}, "a", "target b: expected a mapping of settings, got 2"),
         ({"targets": {"a": {"bits": 9}}}, None, "target a: expected bits between 1 and 8"),
-        ({"targets": {"a": {"max_kl": 0.1, "schedule": "uniform"}}}, None, "target a: expected max_kl above 0"),
-        ({"targets": {"a": {"max_kl": 0}}}, None, "target a: expected max_kl above 0"),
+        *(
+            ({"targets": {"a": {name: limit, **more}}}, None, f"target a: expected {says}")
+            for name in ("max_kl", "max_ppl")
+            for limit, more, says in (
+                (0.1, {"schedule": "uniform"}, f"schedule auto with {name}, got 'uniform'"),
+                (0, {}, f"{name} to be a number above 0, got 0"),
+                (-0.5, {}, f"{name} to be a number above 0, got -0.5"),
+                ("1 %", {}, f"{name} to be a number above 0, got '1 %'"),
+                (True, {}, f"{name} to be a number above 0, got True"),
+                (float("nan"), {}, f"{name} to be a number above 0, got nan"),
+                (float("inf"), {}, f"{name} to be a number above 0, got inf"),
+            )
+        ),
         ({"targets": {"a": {"calibration": {"lenght": 512}}}}, None, "target a: .*'lenght'"),
     ],
 )
@@ -213,7 +227,7 @@ def test_a_result_of_other_settings_is_not_shown(tmp_path):
     (results / "convert_smollm2-135m.json").write_text(json.dumps(report))
     row = next(line for line in recipe_table.table(recipe.parent, results).splitlines() if recipe.name in line)
     assert [cell.strip() for cell in row.strip("|").split("|")][2:] == ["–", "–", "0.00100 at 3 bits", "–", "–", "–"]
-    for change in ({"window": 64}, {"average_bits": 3.5}, {"max_kl": 0.01}):
+    for change in ({"window": 64}, {"average_bits": 3.5}, {"max_kl": 0.01}, {"max_ppl": 1.0}):
         (results / "convert_smollm2-135m.json").write_text(json.dumps({**report, **change}))
         with pytest.raises(ValueError, match=r"convert_smollm2-135m\.json was measured with other settings than 3bit"):
             recipe_table.table(recipe.parent, results)

@@ -24,6 +24,7 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR
 from tq_ao import __version__, hf
 from tq_ao.cache import GENERATE_CACHE, TurboQuantCache, head_dim, quantizable_layers
 from tq_ao.calibration import calibrate
+from tq_ao.calibration.target import LOSSES, losses, missed
 from tq_ao.config import FORMAT, TRANSFORMS_FILE, LayerScheme, TurboQuantConfig
 from tq_ao.errors import ModelError, TextError
 from tq_ao.evaluation.decode_kl import evaluate_caches, prove_packed
@@ -88,7 +89,7 @@ def convert(
 
     Raises:
         TurboQuantError, ValueError, OSError: one-line messages; nothing is left behind but the measurements of a
-            calibration that was cut off or missed `max_kl`, which the next run takes up.
+            calibration that was cut off or missed `max_kl` or `max_ppl`, which the next run takes up.
     """
     output = Path(output)
     check_output(output)
@@ -201,7 +202,7 @@ def choose(job: Conversion, *, journal: Path | None = None, progress: bool = Fal
         source, heads = MapSource(recipe.rotation, recipe.seed), config.num_key_value_heads
         plain = {i: source(i, heads, head_dim(config), torch.device("cpu")) for i in layers}
         result = calibrate(
-            job.model, job.calibration, plain, bits=recipe.bits, max_kl=recipe.max_kl,
+            job.model, job.calibration, plain, bits=recipe.bits, limits=recipe.limits,
             window=recipe.window, sinks=recipe.sinks,
             maps="auto" if recipe.maps == "auto" else "plain", seed=recipe.seed,
             journal=journal, progress=progress, report=say,
@@ -215,7 +216,7 @@ def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None
     """Measure schedule and uniform baseline through the real cache on held-out text; drop a schedule that loses."""
     recipe, config, layers = job.recipe, job.model.config, quantizable_layers(job.model.config)
     chosen = recipe.config(job.schedule)
-    base = recipe.uniform_below(recipe.bits if recipe.max_kl is None else chosen.average_bits(layers))
+    base = recipe.uniform_below(chosen.average_bits(layers) if recipe.limits else recipe.bits)
     uniform = recipe.config(dict.fromkeys(layers, (base.k_bits, base.v_bits)))
     hf.attach(job.model, chosen, job.maps)
     plain, maps = MapSource(recipe.rotation, recipe.seed), job.model.turboquant.maps
@@ -233,8 +234,12 @@ def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None
         hf.attach(job.model, chosen, None)
         measured["chosen"] = measured["uniform"]
     result = measured["chosen"]
-    if recipe.max_kl is not None and result.kl > recipe.max_kl:
-        say(f"on held-out text KL {result.kl:.5f} exceeds the {recipe.max_kl:g} asked for; for a margin ask for less")
+    held_out = losses(result)
+    for name in missed(recipe.limits, held_out):
+        say(
+            f"on held-out text {LOSSES[name].text(held_out[name])} exceeds the {recipe.limits[name]:g} asked for; "
+            "for a margin ask for less"
+        )
     dim, cache = head_dim(config.get_text_config(decoder=True)), job.model.turboquant.make_cache()
     sample = _sample(job, cache)
     table = job.report.get("sensitivity", {})
@@ -247,9 +252,11 @@ def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None
         name=job.source.name, base_model=job.source.base_model, license=job.source.license, schedule=rows,
         average_bits=chosen.average_bits(layers), stored_bits=stored, head_dim=dim,
         kl=result.kl, kl_stderr=result.kl_stderr, ppl_before=result.ppl_exact, ppl_after=result.ppl, top1=result.top1,
+        ppl_rise=held_out["max_ppl"], ppl_rise_stderr=100 * result.ppl_ratio_stderr,
         text=f"{recipe.verification.source}, {recipe.verification.windows} x {recipe.verification.length} tokens "
         "of articles not used to choose",
-        window=recipe.window, sinks=recipe.sinks, max_kl=recipe.max_kl, fell_back=fell_back,
+        window=recipe.window, sinks=recipe.sinks, fell_back=fell_back,
+        **{name: getattr(recipe, name) for name in LOSSES},
         calibrated_maps=job.maps is not None, sample=sample,
         versions={"tq_ao": __version__, "torch": torch.__version__},
         bytes_per_token=_bytes_per_token(job, stored),

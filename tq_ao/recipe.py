@@ -3,6 +3,7 @@
 A file may hold several targets of one model: settings they share, and under `targets` what each one changes.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from tq_ao.calibration.target import LOSSES
 from tq_ao.codebook import BITS
 from tq_ao.config import LayerScheme, TurboQuantConfig
 
@@ -39,9 +41,9 @@ class Recipe:
         model: alias, local folder or Hub id.
         schedule: "auto" (measured), "uniform", or layer index -> [k_bits, v_bits].
         bits: average code bits per value; for "uniform" a multiple of 0.5 (K gets the odd half: 2.5 is K 3, V 2).
-            With `max_kl`, the most it may take.
-        max_kl: take the fewest bits whose KL (nats), measured on the calibration text, is at most this; "auto"
-            schedules only.
+            With `max_kl` or `max_ppl`, the most it may take.
+        max_kl, max_ppl: take the fewest bits whose KL (nats) and rise of perplexity (percent), measured on the
+            calibration text, are at most this; "auto" schedules only.
         maps: "auto" calibrates maps and picks a variant per layer, "plain" keeps random rotations; read by "auto"
             schedules only.
         window, sinks, rotation, seed: see TurboQuantConfig.
@@ -55,6 +57,7 @@ class Recipe:
     schedule: str | Mapping[int, tuple[int, int]] = "auto"
     bits: float = 3.0
     max_kl: float | None = None
+    max_ppl: float | None = None
     maps: str = "auto"
     window: int = 128
     sinks: int = 4
@@ -72,14 +75,22 @@ class Recipe:
             raise ValueError(
                 f"expected bits between 1 and 8, got {self.bits}; widths are {BITS} and a schedule averages them"
             )
-        if self.max_kl is not None and (self.schedule != "auto" or self.max_kl <= 0):
-            raise ValueError(
-                f"expected max_kl above 0 and schedule auto, got max_kl {self.max_kl} and schedule {self.schedule!r}; "
-                "other schedules leave nothing to choose"
-            )
+        for name, limit in self.limits.items():
+            if not _is_positive(limit):
+                raise ValueError(f"expected {name} to be a number above 0, got {limit!r}")
+            if self.schedule != "auto":
+                raise ValueError(
+                    f"expected schedule auto with {name}, got {self.schedule!r}; "
+                    "other schedules leave nothing to choose"
+                )
         if self.schedule == "uniform":
             self.uniform()
         self.config({})
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits of quality that are set, by name: the schedule takes the fewest bits within all of them."""
+        return {name: limit for name in LOSSES if (limit := getattr(self, name)) is not None}
 
     def uniform(self) -> LayerScheme:
         """The uniform widths of `bits`: K takes the larger half.
@@ -117,6 +128,10 @@ class Recipe:
         if not isinstance(self.schedule, str):
             data["schedule"] = {int(i): list(pair) for i, pair in self.schedule.items()}
         return yaml.safe_dump(data, sort_keys=False)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def load(path: str | Path, target: str | None = None) -> Recipe:

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from tq_ao.calibration.target import LOSSES
 from tq_ao.embedded import EMBEDDED
 from tq_ao.models import ALIASES
 from tq_ao.recipe import load, load_targets
@@ -48,8 +49,9 @@ def result_file(recipe: Path, target: str, results: Path) -> Path | None:
     for path in (results / name for name in named):
         if path.exists():
             report = json.loads(path.read_text(encoding="utf-8"))
-            has = report["window"], report["sinks"], report.get("max_kl")
-            if has != (wanted.window, wanted.sinks, wanted.max_kl) or report["average_bits"] > wanted.bits + 1e-6:
+            limits = {name: report[name] for name in LOSSES if report.get(name) is not None}
+            same = (report["window"], report["sinks"], limits) == (wanted.window, wanted.sinks, wanted.limits)
+            if not same or report["average_bits"] > wanted.bits + 1e-6:
                 raise ValueError(f"{path} was measured with other settings than {target} of {recipe}; measure it again")
             return path
     return None

@@ -1,8 +1,15 @@
-"""The target search finds the smallest budget that meets it, and says when none does."""
+"""The target search finds the smallest budget that meets every limit, and says when none does."""
+
+import math
+from types import SimpleNamespace
 
 import pytest
 
-from tq_ao.calibration.target import meet
+from tq_ao.calibration.target import LOSSES, describe, losses, meet, missed
+
+
+def flat(budget):
+    return {0: (budget, budget)}
 
 
 def test_smallest_budget_that_meets_the_target():
@@ -10,16 +17,51 @@ def test_smallest_budget_that_meets_the_target():
 
     def measure(schedule):
         calls.append(schedule)
-        return 4.0 ** -schedule[0][0]
+        return {"max_kl": 4.0 ** -schedule[0][0]}
 
-    found = meet(4.0**-2.6, lambda budget: {0: (budget, budget)}, measure)
+    found = meet({"max_kl": 4.0**-2.6}, flat, measure)
     assert found.budget == 2.625
-    assert found.value == pytest.approx(4.0**-2.625)
+    assert found.values == {"max_kl": pytest.approx(4.0**-2.625)}
     assert found.schedule == {0: (2.625, 2.625)}
     assert len(calls) <= 7
-    assert found.trials == tuple(sorted(found.trials))
+    assert [budget for budget, _ in found.trials] == sorted(schedule[0][0] for schedule in calls)
 
 
-def test_a_target_out_of_reach():
-    with pytest.raises(ValueError, match="4 bits can meet"):
-        meet(1e-9, lambda budget: {0: (3, 3)}, lambda schedule: 0.5)
+@pytest.mark.parametrize(
+    ("limits", "budget"),
+    [
+        ({"max_kl": 4.0**-2}, 2.0),
+        ({"max_ppl": 2.0**-3}, 3.0),
+        ({"max_kl": 4.0**-2, "max_ppl": 2.0**-3}, 3.0),
+        ({"max_kl": 4.0**-3.5, "max_ppl": 2.0**-3}, 3.5),
+    ],
+)
+def test_all_limits_hold(limits, budget):
+    found = meet(limits, flat, lambda schedule: {"max_kl": 4.0 ** -schedule[0][0], "max_ppl": 2.0 ** -schedule[0][0]})
+    assert found.budget == budget and not missed(limits, found.values)
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        ({"max_kl": 1e-9}, r"got KL 1e-09; measured there: KL 0\.5;"),
+        ({"max_ppl": 1.0}, r"got perplexity \+1 %; measured there: perplexity \+3 %;"),
+        (
+            {"max_kl": 1, "max_ppl": 1},
+            r"KL 1 and perplexity \+1 %; measured there: KL 0\.5 and perplexity \+3 %; raise",
+        ),
+    ],
+)
+def test_a_target_out_of_reach(limits, says):
+    with pytest.raises(ValueError, match=f"expected a target that 4 bits can meet, .*{says}"):
+        meet(limits, flat, lambda schedule: {"max_kl": 0.5, "max_ppl": 3.0})
+
+
+def test_losses_are_read_from_metrics():
+    """Perplexity in percent; better than the exact cache is within every limit, not a number within none."""
+    values = losses(SimpleNamespace(kl=0.02, ppl_ratio=0.995))
+    assert values == {"max_kl": 0.02, "max_ppl": pytest.approx(-0.5)} and values.keys() == LOSSES.keys()
+    limits = {"max_kl": 0.01, "max_ppl": 0.1}
+    assert missed(limits, values) == ["max_kl"]
+    assert missed(limits, dict.fromkeys(limits, math.nan)) == list(limits)
+    assert describe(limits, values) == "KL 0.02 and perplexity -0.5 %"

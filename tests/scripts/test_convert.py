@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config
 import tq_ao.convert
 from tq_ao.calibration import CalibrationResult
 from tq_ao.config import TRANSFORMS_FILE
+from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.recipe import load
 
 ROOT = Path(__file__).parents[2]
@@ -138,11 +141,21 @@ def test_a_losing_schedule_falls_back_to_uniform_and_says_so(base, text, tmp_pat
     assert report["fell_back"] and report["average_bits"] == 3.0
 
 
-def test_the_fewest_bits_that_meet_a_target(base, text, tmp_path, capsys):
-    code, out = run(base, text, tmp_path, "--max-kl", "1e-9", "--bits", "4")
+def measured_at_most_bits(base, text, tmp_path, capsys, *flags):
+    """What a run whose limits are out of reach says it measured: KL, and the rise of perplexity in percent."""
+    code, out = run(base, text, tmp_path, *flags, "--bits", "4")
     error = capsys.readouterr().err
-    assert code == 1 and "expected a target that 4 bits can meet, got 1e-09" in error and not out.exists()
-    reachable = 3 * float(error.split("measured there: ")[1].split(";")[0])
+    assert code == 1 and "expected a target that 4 bits can meet, got " in error and not out.exists()
+    assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+    said = error.split("measured there: ")[1]
+    kl, ppl = re.search(r"KL ([\d.e-]+)", said), re.search(r"perplexity ([-+\d.e]+) %", said)
+    return error, kl and float(kl[1]), ppl and float(ppl[1])
+
+
+def test_the_fewest_bits_that_meet_a_target(base, text, tmp_path, capsys):
+    error, kl, ppl = measured_at_most_bits(base, text, tmp_path, capsys, "--max-kl", "1e-9")
+    assert "got KL 1e-09; measured there" in error and ppl is None
+    reachable = 3 * kl
     for target, most in ((1e3, 1.0), (reachable, 3.99)):  # a bit less is about four times the KL
         to = tmp_path / str(most)
         assert run(base, text, tmp_path, "--max-kl", str(target), "--bits", "4", "--output-dir", str(to))[0] == 0
@@ -155,9 +168,74 @@ def test_the_fewest_bits_that_meet_a_target(base, text, tmp_path, capsys):
     assert report["average_bits"] > 1
 
 
+def test_the_fewest_bits_that_keep_perplexity(base, text, tmp_path, capsys, monkeypatch):
+    """A model trained on the text would lose; the random one may gain, so its perplexity is made to follow its KL."""
+    real = Evaluator.measure
+
+    def measure(self, attention):
+        metrics = real(self, attention)
+        return replace(metrics, ppl_ratio=1 + metrics.kl)
+
+    monkeypatch.setattr(Evaluator, "measure", measure)
+    _, kl, ppl = measured_at_most_bits(base, text, tmp_path, capsys, "--max-ppl", "1e-9", "--max-kl", "1e3")
+    assert ppl == pytest.approx(100 * kl, rel=1e-3)
+    error, none, same = measured_at_most_bits(base, text, tmp_path, capsys, "--max-ppl", "1e-9")
+    assert "got perplexity +1e-09 %; measured" in error and none is None and same == ppl
+    loose, tight, bits = 1e4, 3 * ppl, {}
+    for name, flags in {
+        "loose": ["--max-ppl", f"{loose}"],
+        "tight": ["--max-ppl", f"{tight}"],
+        "as KL": ["--max-kl", f"{tight / 100}"],
+        "both": ["--max-ppl", f"{tight}", "--max-kl", f"{loose}"],
+        "both the other way": ["--max-ppl", f"{loose}", "--max-kl", f"{tight / 100}"],
+    }.items():
+        to = tmp_path / name
+        assert run(base, text, tmp_path, *flags, "--bits", "4", "--output-dir", str(to))[0] == 0
+        report = json.loads((to / "tq_ao_config.json").read_text())
+        bits[name] = report["average_bits"]
+        asked = dict(zip(flags[::2], map(float, flags[1::2]), strict=True))
+        assert (report["max_kl"], report["max_ppl"]) == (asked.get("--max-kl"), asked.get("--max-ppl"))
+        recipe = load(to / "recipe.yaml")
+        assert (recipe.max_kl, recipe.max_ppl) == (report["max_kl"], report["max_ppl"])
+        assert report["ppl_rise"] == pytest.approx(100 * (report["ppl_after"] / report["ppl_before"] - 1), abs=1e-3)
+    assert bits["loose"] == 1 and len({bits[name] for name in bits if name != "loose"}) == 1 < bits["tight"] < 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "missed"),
+    [
+        (["--max-ppl", "49"], ["perplexity +50 % exceeds the 49 asked for"]),
+        (["--max-ppl", "51"], []),
+        (["--max-kl", "0.1"], ["KL 0.125 exceeds the 0.1 asked for"]),
+        (["--max-kl", "0.1", "--max-ppl", "51"], ["KL 0.125 exceeds the 0.1 asked for"]),
+        (["--max-kl", "1", "--max-ppl", "49"], ["perplexity +50 % exceeds the 49 asked for"]),
+    ],
+)
+def test_a_limit_missed_on_held_out_text_is_said(flags, missed, base, text, tmp_path, capsys, monkeypatch):
+    real = tq_ao.convert.evaluate_caches
+
+    def measure(*args, **kwargs):
+        return {name: replace(m, kl=0.125, ppl_ratio=1.5) for name, m in real(*args, **kwargs).items()}
+
+    def three(model, windows, layers, **kwargs):
+        return CalibrationResult(dict.fromkeys(layers, (3, 3)), None, {}, {}, 3.0)
+
+    monkeypatch.setattr(tq_ao.convert, "evaluate_caches", measure)
+    monkeypatch.setattr(tq_ao.convert, "calibrate", three)
+    assert run(base, text, tmp_path, *flags)[0] == 0
+    said = capsys.readouterr()
+    assert re.findall(r"on held-out text (.*?);", said.err) == missed and "(+50.00 +- " in said.out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["ppl_rise"] == pytest.approx(50) and report["ppl_rise_stderr"] > 0
+
+
 def test_names_of_outputs():
     args = script.parse(["org/m", "--max-kl", "0.02"])
     assert script.default_output(script.settings(args), args.target) == Path("m-tq-kl0.02")
+    args = script.parse(["org/m", "--max-ppl", "1.0"])
+    assert script.default_output(script.settings(args), args.target) == Path("m-tq-ppl1")
+    args = script.parse(["org/m", "--max-ppl", "0.5", "--max-kl", "0.02"])
+    assert script.default_output(script.settings(args), args.target) == Path("m-tq-kl0.02-ppl0.5")
     args = script.parse(["gemma-2b", "--bits", "2.5"])
     assert script.default_output(script.settings(args), args.target) == Path("gemma-2b-tq2.5")
     assert script.default_output(script.settings(args), "memory-first") == Path("gemma-2b-tq-memory-first")
@@ -168,7 +246,12 @@ def test_names_of_outputs():
     [
         (["--bits", "0.5"], "between 1 and 8"),
         (["--schedule", "uniform", "--bits", "2.3"], "use schedule auto"),
-        (["--schedule", "uniform", "--max-kl", "0.1"], "expected max_kl above 0 and schedule auto"),
+        (["--schedule", "uniform", "--max-kl", "0.1"], "expected schedule auto with max_kl"),
+        (["--schedule", "uniform", "--max-ppl", "1"], "expected schedule auto with max_ppl"),
+        (["--max-kl", "0"], "max_kl to be a number above 0, got 0.0"),
+        (["--max-ppl", "0"], "max_ppl to be a number above 0, got 0.0"),
+        (["--max-ppl", "-1"], "max_ppl to be a number above 0, got -1.0"),
+        (["--max-ppl", "nan"], "max_ppl to be a number above 0, got nan"),
         (["--schedule", "nowhere.yaml"], "nowhere.yaml"),
         (["--output-dir", "/proc/nope/out"], "/proc"),
         (["--calibration", "EMPTY"], "empty"),
@@ -185,6 +268,15 @@ def test_mistakes_get_one_line_and_leave_nothing(flags, message, base, text, tmp
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert code != 0 and len(errors) == 1 and message in errors[0]
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("flags", [["--max-ppl", "1%"], ["--max-kl", "low"], ["--max-ppl"], ["--maximum", "1"]])
+def test_flags_that_do_not_parse_get_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["smollm2-135m", *flags])
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1
+    assert flags[-1] in err
 
 
 def test_bad_models_get_one_line(tmp_path, capsys):

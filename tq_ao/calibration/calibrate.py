@@ -14,7 +14,7 @@ from tq_ao.calibration.journal import Journal
 from tq_ao.calibration.repair import Repair, repair
 from tq_ao.calibration.sensitivity import Metric, Table, bar, device_of, sensitivity
 from tq_ao.calibration.statistics import LayerStatistics, accumulate, readout_gram
-from tq_ao.calibration.target import meet
+from tq_ao.calibration.target import describe, losses, meet
 from tq_ao.calibration.variants import Choice, choose_variants
 from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.metrics import SKIP, Metrics
@@ -57,7 +57,7 @@ def calibrate(
     layers: Mapping[int, LayerMaps],
     *,
     bits: float,
-    max_kl: float | None = None,
+    limits: Mapping[str, float] | None = None,
     widths: Sequence[int] = (1, 2, 3, 4),
     window: int = 128,
     sinks: int = 4,
@@ -79,8 +79,8 @@ def calibrate(
             there are none and all windows give sensitivities), the rest the sensitivities.
         layers: layer index -> its plain maps (what the cache would use uncalibrated); exactly these are quantised.
         bits: budget, average code bits per value.
-        max_kl: take the smallest budget up to `bits` whose schedule measures at most this KL (nats) on the
-            sensitivity windows; None takes `bits`.
+        limits: take the smallest budget up to `bits` whose schedule measures at most these losses on the sensitivity
+            windows, all of them: "max_kl" (nats), "max_ppl" (rise of perplexity in percent); none takes `bits`.
         widths: code widths on offer.
         maps: "plain" keeps `layers`' maps; "auto" calibrates and chooses a variant per layer.
         metric: sensitivity the allocation uses.
@@ -94,7 +94,7 @@ def calibrate(
         CalibrationResult.
 
     Raises:
-        ValueError: too few windows, a budget no schedule fits, or a `max_kl` that `bits` cannot meet.
+        ValueError: too few windows, a budget no schedule fits, or `limits` that `bits` cannot meet.
     """
     if windows.shape[0] < 3:
         raise ValueError(
@@ -137,15 +137,18 @@ def calibrate(
     def plans(s: Schedule, m: Mapping[int, LayerMaps]) -> dict[int, LayerPlan]:
         return {i: LayerPlan(*pair, m[i]) for i, pair in s.items()}
 
-    if max_kl is not None or repair_evaluations:
+    if limits or repair_evaluations:
         evaluate = Evaluator(model, text, window=window, sinks=sinks, stride=stride)
-    if max_kl is not None:
+    if limits:
         found = meet(
-            max_kl, lambda b: knapsack(table, shape, b, bits=widths), lambda s: evaluate(plans(s, final(s))).kl,
-            low=min(widths), high=min(bits, max(widths)),
+            limits, lambda b: knapsack(table, shape, b, bits=widths),
+            lambda s: losses(evaluate(plans(s, final(s)))), low=min(widths), high=min(bits, max(widths)),
         )  # fmt: skip
         bits = found.budget
-        say(f"KL {found.value:.5f} at {bits:g} bits, the fewest found to stay under {max_kl:g} on the calibration text")
+        say(
+            f"{describe(limits, found.values)} at {bits:g} bits, the fewest found to stay within {describe(limits)} "
+            "on the calibration text"
+        )
     schedule = knapsack(table, shape, bits, bits=widths)
     say(f"additive schedule: {shape.average(schedule):.3f} bits, predicted KL {_predicted(table, schedule):.5f}")
     fixed: Repair | None = None

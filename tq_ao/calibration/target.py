@@ -1,58 +1,95 @@
-"""The cheapest schedule that meets a quality target: bisection over the budget, measuring each candidate."""
+"""The cheapest schedule that stays within limits of quality: bisection over the budget, measuring each candidate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tq_ao.calibration.allocation import Schedule
+from tq_ao.evaluation.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss that can be limited: how it is read from Metrics, and how a value of it is written."""
+
+    of: Callable[[Metrics], float]
+    form: str
+
+    def text(self, value: float) -> str:
+        """A value with the loss's name and unit."""
+        return self.form.format(value)
+
+
+# By the name of the setting that limits it: a key of recipes, and with dashes a flag of convert.py.
+LOSSES = {
+    "max_kl": Loss(lambda metrics: metrics.kl, "KL {:.4g}"),  # nats
+    "max_ppl": Loss(lambda metrics: 100 * (metrics.ppl_ratio - 1), "perplexity {:+.4g} %"),
+}
+
+
+def losses(metrics: Metrics) -> dict[str, float]:
+    """Every loss of a measurement, by the name of its limit."""
+    return {name: loss.of(metrics) for name, loss in LOSSES.items()}
+
+
+def missed(limits: Mapping[str, float], values: Mapping[str, float]) -> list[str]:
+    """Names of the limits that the values exceed, or do not show to hold (NaN)."""
+    return [name for name, limit in limits.items() if not values[name] <= limit]
+
+
+def describe(limits: Mapping[str, float], values: Mapping[str, float] | None = None) -> str:
+    """The limits in words, or the values of what they limit."""
+    shown = limits if values is None else values
+    return " and ".join(LOSSES[name].text(shown[name]) for name in limits)
 
 
 @dataclass(frozen=True)
 class Target:
-    """Result: the schedule, its budget and measured value, and (budget, value) of every measurement."""
+    """Result: the schedule, its budget and measured values, and (budget, values) of every measurement."""
 
     schedule: Schedule
     budget: float
-    value: float
-    trials: tuple[tuple[float, float], ...]
+    values: Mapping[str, float]
+    trials: tuple[tuple[float, Mapping[str, float]], ...]
 
 
 def meet(
-    target: float,
+    limits: Mapping[str, float],
     schedule_for: Callable[[float], Schedule],
-    measure: Callable[[Schedule], float],
+    measure: Callable[[Schedule], Mapping[str, float]],
     *,
     low: float = 1.0,
     high: float = 4.0,
     step: float = 0.125,
 ) -> Target:
-    """Smallest budget on a grid whose schedule measures at most `target`.
+    """Smallest budget on a grid whose schedule measures within all limits.
 
     Args:
-        target: largest acceptable loss, e.g. KL in nats, or a perplexity ratio.
+        limits: largest acceptable losses, by their names in LOSSES.
         schedule_for: budget in average bits -> schedule, e.g. `allocation.knapsack` with its table.
-        measure: loss of a schedule; taken to fall as the budget grows.
+        measure: losses of a schedule by the same names; taken to fall as the budget grows. Where noise makes one rise,
+            what is found is within the limits, but fewer bits may be, too.
         low, high, step: grid of budgets, none above `high`; log2((high - low) / step) measurements.
 
     Raises:
-        ValueError: even `high` misses the target.
+        ValueError: even `high` misses a limit.
     """
     budgets = [low + step * n for n in range(int((high - low) / step + 1e-9) + 1)]
-    seen: dict[int, tuple[Schedule, float]] = {}
+    seen: dict[int, tuple[Schedule, Mapping[str, float]]] = {}
 
-    def value(n: int) -> float:
+    def values(n: int) -> Mapping[str, float]:
         if n not in seen:
             schedule = schedule_for(budgets[n])
             seen[n] = schedule, measure(schedule)
         return seen[n][1]
 
     first, last = 0, len(budgets) - 1
-    if value(last) > target:
+    if missed(limits, values(last)):
         raise ValueError(
-            f"expected a target that {high:g} bits can meet, got {target:g}; measured there: {value(last):.4g}; "
-            "raise the target or the bits"
+            f"expected a target that {high:g} bits can meet, got {describe(limits)}; measured there: "
+            f"{describe(limits, values(last))}; raise the target or the bits"
         )
     while first < last:
         middle = (first + last) // 2
-        first, last = (first, middle) if value(middle) <= target else (middle + 1, last)
+        first, last = (middle + 1, last) if missed(limits, values(middle)) else (first, middle)
     schedule, found = seen[last]
     return Target(schedule, budgets[last], found, tuple((budgets[n], v) for n, (_, v) in sorted(seen.items())))

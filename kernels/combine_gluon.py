@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .decode_gluon import async_load, barrier, launch_next, wait_for_previous
+from .gluon_basics import async_load, barrier, launch_next, wait_for_previous
 
 LOG2E = gl.constexpr(1.4426950408889634)
 

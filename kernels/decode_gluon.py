@@ -20,79 +20,21 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from .fragments import INT8_TO_FP16, double_starts, units
-
-# Newer names first: Triton 3.6 spells both differently.
-async_load = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+from .exact_gluon import attend_exact, store_part
+from .fragments import (
+    SUBNORMAL,
+    inverse_units,
+    key_operand,
+    middle,
+    starts,
+    unpack_key,
+    unpack_value,
+    value_operand,
+)  # fmt: skip
+from .gluon_basics import async_load, barrier, halves, launch_next, softcapped, wait_for_previous
 
 # p is kept 2 ** 4 larger: small p |v| stay normal in fp16, which holds value scales up to 4094.
 RESCALE = gl.constexpr(4.0)
-
-
-@gluon.jit
-def _join8(r):
-    """Eight tensors -> trailing dimension of 8."""
-    a = gl.join(gl.join(r[0], r[1]), gl.join(r[2], r[3]))
-    b = gl.join(gl.join(r[4], r[5]), gl.join(r[6], r[7]))
-    # [..., r0, r1, r2] -> [..., r2, r1, r0]
-    return gl.permute(gl.join(a, b), (0, 3, 2, 1))
-
-
-@gluon.jit
-def _unpack_key(planes, ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, BITS: gl.constexpr):
-    """Planes int8 [bytes] -> 8 int8 tensors, register r = 0..7 of every group."""
-    if BITS == 8:
-        return planes
-    return gl.inline_asm_elementwise(
-        ASM, CONSTRAINTS, planes, is_pure=True, pack=4,
-        dtype=(gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8),
-    )  # fmt: skip
-
-
-@gluon.jit
-def _unpack_value(planes, ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, BITS: gl.constexpr):
-    """Planes int8 [bytes] -> 8 fp16 tensors, register r = 0..7 of every group."""
-    half = ()
-    if BITS == 8:
-        for i in gl.static_range(8):
-            x = gl.inline_asm_elementwise(
-                INT8_TO_FP16, "=&r,=&r,r", [planes[i]], dtype=gl.float16, is_pure=True, pack=4
-            )
-            half = half + (x,)
-    else:
-        half = gl.inline_asm_elementwise(
-            ASM, CONSTRAINTS, planes, is_pure=True, pack=4,
-            dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
-        )  # fmt: skip
-    return half
-
-
-@gluon.constexpr_function
-def _key_unit(bits, i):
-    return 1.0 / units(bits)[i]
-
-
-@gluon.constexpr_function
-def _key_start(bits, i):
-    return double_starts(bits)[i]
-
-
-@gluon.constexpr_function
-def _value_unit(bits, m):
-    return 1.0 if bits == 8 else 2.0**24 / units(bits)[m]
-
-
-@gluon.constexpr_function
-def _middle(bits):
-    """The middle level, counted from code 0."""
-    return 0.0 if bits == 8 else (2**bits - 1) / 2
-
-
-@gluon.jit
-def _choose(i, a, b, c, d):
-    """a, b, c or d where i is 0, 1, 2 or 3."""
-    return gl.where(i < 2, gl.where(i == 0, a, b), gl.where(i == 2, c, d))
 
 
 @gluon.jit
@@ -102,34 +44,6 @@ def _load_planes(ring, slot, at: gl.constexpr, BITS: gl.constexpr, CHUNKS: gl.co
     for w in gl.static_range(BITS):
         planes = planes + (ring[at + w * CHUNKS].index(slot).load(RAW),)
     return planes
-
-
-@gluon.jit
-def _key_operand(r, GROUPS: gl.constexpr):
-    """Registers of GROUPS groups -> K^T int8 [32 GROUPS, 32]."""
-    # g t group byte i jj -> (group jj t byte) (i g)
-    x = gl.reshape(_join8(r), [8, 4, GROUPS, 4, 4, 2])
-    return gl.reshape(gl.permute(x, (2, 5, 1, 3, 4, 0)), [32 * GROUPS, 32])
-
-
-@gluon.jit
-def _softcapped(s, cap):
-    """As query.softcapped."""
-    return cap - 2.0 * cap / (gl.exp2(s) + 1.0)
-
-
-@gluon.jit
-def _value_operand(r, GROUPS: gl.constexpr):
-    """Registers of GROUPS groups, fp16 -> V^T [32 GROUPS, 32]."""
-    # g t group b1 b0 m j0 -> (group m g) (j0 b1 t b0)
-    x = gl.reshape(_join8(r), [8, 4, GROUPS, 2, 2, 4, 2])
-    return gl.reshape(gl.permute(x, (2, 5, 0, 6, 3, 1, 4)), [32 * GROUPS, 32])
-
-
-@gluon.jit
-def _halves(x):
-    """[16, 32] -> rows 0-7 and 8-15, which are in the same thread."""
-    return gl.split(gl.permute(gl.reshape(x, [2, 8, 32]), (1, 2, 0)))
 
 
 @gluon.jit
@@ -150,20 +64,6 @@ def _fetch(
                 async_load(to, p_v + t * (4 * D * V_BITS) + (w * 4 * D + c * 4) + copy_at)
         async_load(scales[2 * j].index(slot), p_ks + t * 32 + scale_at)
         async_load(scales[2 * j + 1].index(slot), p_vs + t * 32 + scale_at)
-
-
-@gluon.jit
-def launch_next():
-    """Let the next launch begin: it waits for the end of this one before it reads what this one writes."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def wait_for_previous():
-    """Wait for the previous launch, which this one may overlap: programmatic dependent launch, sm_90."""
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -198,7 +98,7 @@ def _step(
         raw = q_start
         for c in gl.static_range(CHUNKS):
             planes = _load_planes(ring, slot, j * PLANES + c, K_BITS, CHUNKS, RAW)
-            kT = _key_operand(_unpack_key(planes, K_ASM, K_CONSTRAINTS, K_BITS), BLOCKS // CHUNKS)
+            kT = key_operand(unpack_key(planes, K_ASM, K_CONSTRAINTS, K_BITS), BLOCKS // CHUNKS)
             kT = gl.convert_layout(kT, KB, assert_trivial=True)
             total = ()
             for x in gl.static_range(HT):
@@ -206,10 +106,10 @@ def _step(
             raw = total
         norm = scales[2 * j].index(slot).load(token.type.layout).to(gl.float32) * key_unit
         for x in gl.static_range(HT):
-            hi, lo = _halves(raw[x])
+            hi, lo = halves(raw[x])
             score = (hi * 128 + lo).to(gl.float32) * norm[None, :]
             if SOFTCAP:
-                score = _softcapped(score * step_size[x][:, None] + bias[x][:, None], cap)
+                score = softcapped(score * step_size[x][:, None] + bias[x][:, None], cap)
             if MASKED:
                 score = gl.where((token + 32 * j < left)[None, :], score, float("-inf"))
             s = s + (score,)
@@ -262,135 +162,13 @@ def _step(
         vT = ()
         for c in gl.static_range(CHUNKS):
             planes = _load_planes(ring, slot, j * PLANES + K_BITS * CHUNKS + c, V_BITS, CHUNKS, RAW)
-            r = _unpack_value(planes, V_ASM, V_CONSTRAINTS, V_BITS)
-            vT = vT + (gl.convert_layout(_value_operand(r, BLOCKS // CHUNKS), VA, assert_trivial=True),)
+            r = unpack_value(planes, V_ASM, V_CONSTRAINTS, V_BITS)
+            vT = vT + (gl.convert_layout(value_operand(r, BLOCKS // CHUNKS), VA, assert_trivial=True),)
         for x in gl.static_range(HT):
             for c in gl.static_range(CHUNKS):
                 fresh = fresh + (mma_v2(vT[c], pT[x], acc[x * CHUNKS + c]),)
         acc = fresh
     return m_new, l_new, mass, acc
-
-
-@gluon.constexpr_function
-def _exact_value_layout(wide):
-    """[8 g, wide a, 32 tokens] in one warp: lane 4 g + t, tokens 2 t and 2 t + 1 in every 8, all of a."""
-    reg = [[0, 1 << i, 0] for i in range(wide.bit_length() - 1)] + [[0, 0, 1], [0, 0, 8], [0, 0, 16]]
-    lane = [[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    return gl.DistributedLinearLayout(reg, lane, [], [], [8, wide, 32])
-
-
-@gluon.constexpr_function
-def _exact_output_layout(dims):
-    """[dims, 8 heads] in one warp: lane 4 g + t, dims / 8 consecutive dimensions of heads 2 t and 2 t + 1."""
-    wide = dims // 8
-    reg = [[1 << i, 0] for i in range(wide.bit_length() - 1)] + [[0, 1]]
-    return gl.DistributedLinearLayout(reg, [[0, 2], [0, 4], [wide, 0], [2 * wide, 0], [4 * wide, 0]], [], [], [dims, 8])
-
-
-@gluon.jit
-def _attend_exact(
-    q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, first_head, chunk, n, packed, sinks, capacity,
-    chunk_tokens, factor, cap,
-    G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, SOFTCAP: gl.constexpr, S_L: gl.constexpr,
-):  # fmt: skip
-    """Online softmax of 8 query heads over chunk_tokens exact tokens: maximum, sum, output for each QD dimensions,
-    and whether there were any.
-
-    Queries and probabilities enter the 16-bit products as high + low part: 16 bits or more.
-    """
-    # A lane reads QD / 8 consecutive elements of a key or value; the products' order of dimensions follows from that.
-    WIDE: gl.constexpr = QD // 8
-    QA: gl.constexpr = gl.DotOperandLayout(0, S_L, WIDE)
-    KB: gl.constexpr = gl.DotOperandLayout(1, S_L, WIDE)
-    VA: gl.constexpr = gl.DotOperandLayout(0, S_L, 2)
-    PB: gl.constexpr = gl.DotOperandLayout(1, S_L, 2)
-    V_L: gl.constexpr = _exact_value_layout(WIDE)
-    PARTS: gl.constexpr = D // QD
-    dtype: gl.constexpr = k_recent.dtype.element_ty
-    row = gl.arange(0, 16, gl.SliceLayout(1, QA))
-    col = gl.arange(0, QD, gl.SliceLayout(0, QA))
-    k_dim = gl.arange(0, QD, gl.SliceLayout(1, KB))
-    k_token = gl.arange(0, 32, gl.SliceLayout(0, KB))
-    # [8, WIDE, 32]: dimension WIDE g + a is row 8 a + g of V^T
-    v_dim = gl.arange(0, 8, gl.SliceLayout(1, gl.SliceLayout(2, V_L)))[:, None, None] * WIDE
-    v_dim += gl.arange(0, WIDE, gl.SliceLayout(0, gl.SliceLayout(2, V_L)))[None, :, None]
-    v_token = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, V_L)))
-    hi0, _ = _halves(gl.zeros([16, 32], gl.float32, S_L))
-    SL: gl.constexpr = hi0.type.layout
-    token = gl.arange(0, 32, gl.SliceLayout(0, SL))
-    in_sinks = gl.minimum(n, sinks)
-    count = in_sinks + gl.where(capacity == 0, 0, gl.maximum(n - sinks, 0) - packed)
-    slots = gl.maximum(capacity, 1)
-
-    x = ()
-    acc = ()
-    for c in gl.static_range(PARTS):
-        head = gl.minimum(first_head + row % 8, G - 1)
-        full = gl.load(q + head[:, None] * stride_qh + (c * QD + col)[None, :]).to(gl.float32)
-        x_high = full.to(dtype)
-        x_low = (full - x_high.to(gl.float32)).to(dtype)
-        x = x + (gl.where((row < 8)[:, None], x_high, x_low),)
-        acc = acc + (gl.zeros([QD, 8], gl.float32, S_L),)
-    m = gl.full([8], -1e30, gl.float32, gl.SliceLayout(1, SL))
-    l = gl.full([8], 0.0, gl.float32, gl.SliceLayout(1, SL))
-    for begin in range(chunk * chunk_tokens, gl.minimum(count, (chunk + 1) * chunk_tokens), 32):
-        k_index = begin + k_token
-        k_live = (k_index < count)[None, :]
-        p_k = k_recent + at_r + (packed + k_index - in_sinks) % slots * D
-        p_k = gl.where(k_index < in_sinks, k_sinks + at_s + k_index * D, p_k)
-        v_index = begin + v_token
-        v_live = (v_index < count)[None, None, :]
-        p_v = v_recent + at_r + (packed + v_index - in_sinks) % slots * D
-        # Triton 3.9 loses the alignment at the selection; the same hint on keys makes its loop spill.
-        p_v = gl.multiple_of(gl.where(v_index < in_sinks, v_sinks + at_s + v_index * D, p_v), 16)
-        total = gl.zeros([16, 32], gl.float32, S_L)
-        for c in gl.static_range(PARTS):
-            k = gl.load(p_k[None, :] + (c * QD + k_dim)[:, None], mask=k_live, other=0.0)
-            total = mma_v2(x[c], k, total)
-        s_high, s_low = _halves(total)
-        s = (s_high + s_low) * factor
-        if SOFTCAP:
-            s = _softcapped(s, cap)
-        s = gl.where((begin + token < count)[None, :], s, float("-inf"))
-        top = gl.maximum(m, gl.max(s, axis=1))
-        alpha = gl.exp2(m - top)
-        p = gl.exp2(s - top[:, None])
-        l = l * alpha + gl.sum(p, axis=1)
-        m = top
-        p_high = p.to(dtype)
-        p_low = (p - p_high.to(gl.float32)).to(dtype)
-        p_high = gl.convert_layout(gl.permute(p_high, (1, 0)), PB, assert_trivial=True)
-        p_low = gl.convert_layout(gl.permute(p_low, (1, 0)), PB, assert_trivial=True)
-        column_alpha = gl.convert_layout(alpha, gl.SliceLayout(0, S_L))
-        fresh = ()
-        for c in gl.static_range(PARTS):
-            v = gl.load(p_v[None, None, :] + (c * QD + v_dim), mask=v_live, other=0.0)
-            v = gl.convert_layout(gl.reshape(gl.permute(v, (1, 0, 2)), [QD, 32]), VA)
-            o = mma_v2(v, p_high, acc[c] * column_alpha[None, :])
-            fresh = fresh + (mma_v2(v, p_low, o),)
-        acc = fresh
-    return m, l, acc, chunk * chunk_tokens < count
-
-
-@gluon.jit
-def _store_part(
-    p_o, p_ml, m, l, acc, live, at_part, rows, first_head,
-    G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, EXACT: gl.constexpr, S_L: gl.constexpr,
-):  # fmt: skip
-    """Store the result of 8 heads: entry at_part + head of p_o [.., D] (if live) and of p_ml [2, rows]."""
-    head = first_head + gl.arange(0, 8, m.type.layout)
-    if live:
-        for c in gl.static_range(D // QD):
-            o = acc[c]
-            if EXACT:  # row 8 a + g of _attend_exact is dimension QD / 8 g + a: a lane has consecutive ones
-                o = gl.reshape(gl.permute(gl.reshape(o, [QD // 8, 8, 8]), (1, 0, 2)), [QD, 8])
-                o = gl.convert_layout(o, _exact_output_layout(QD), assert_trivial=True)
-            dim = gl.arange(0, QD, gl.SliceLayout(1, o.type.layout))
-            column = first_head + gl.arange(0, 8, gl.SliceLayout(0, o.type.layout))
-            to = p_o + at_part * D + column[None, :] * D + (c * QD + dim)[:, None]
-            gl.store(to, o, mask=(column < G)[None, :])
-    gl.store(p_ml + at_part + head, m, mask=head < G)
-    gl.store(p_ml + rows + at_part + head, l, mask=head < G)
 
 
 @gluon.jit
@@ -434,7 +212,7 @@ def _load_query(
     zero = gl.zeros([8], gl.float32, gl.SliceLayout(1, L))
     two = gl.reshape(gl.permute(gl.join(zero, total), (1, 0)), [16])
     sums = gl.convert_layout(two, gl.SliceLayout(1, S_L)).to(gl.int32)
-    twice = _choose(tile, _key_start(K_BITS, 0), _key_start(K_BITS, 1), _key_start(K_BITS, 2), _key_start(K_BITS, 3))
+    twice = starts(tile, K_BITS)
     start = sums[:, None] * twice[None, :] >> 1
     head = gl.minimum(first_head + half, G - 1)
     step = gl.convert_layout(top, half.type.layout) * (1.0 / (127.0 * 128.0))
@@ -490,7 +268,7 @@ def gluon_splits_kernel(
     first = gl.maximum(split, 0) * steps // splits
     end = gl.maximum(split + 1, 0) * steps // splits
 
-    hi0, _ = _halves(gl.zeros([16, 32], gl.int32, S_L))
+    hi0, _ = halves(gl.zeros([16, 32], gl.int32, S_L))
     SL: gl.constexpr = hi0.type.layout
     HEAD: gl.constexpr = gl.SliceLayout(1, SL)
     TOKEN: gl.constexpr = gl.SliceLayout(0, SL)
@@ -530,11 +308,11 @@ def gluon_splits_kernel(
         at_part = (bh * chunks + program).to(gl.int64) * G
         exact_rows = gl.num_programs(1).to(gl.int64) * chunks * G
         for x in gl.static_range(HT):
-            m_exact, l_exact, acc_exact, live = _attend_exact(
+            m_exact, l_exact, acc_exact, live = attend_exact(
                 at_q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, (group + x) * 8, program,
                 n, packed, sinks, capacity, chunk_tokens, factor, cap, G, D, EXACT_D, SOFTCAP, S_L,
             )  # fmt: skip
-            _store_part(
+            store_part(
                 exact_o, exact_ml, m_exact, l_exact, acc_exact, live, at_part, exact_rows, (group + x) * 8,
                 G, D, EXACT_D, True, S_L,
             )  # fmt: skip
@@ -562,9 +340,7 @@ def gluon_splits_kernel(
             mass += (gl.zeros([16, 8], gl.float32, S_L),)
             for _ in gl.static_range(CHUNKS):
                 acc += (gl.zeros([32 * CHUNK_GROUPS, 8], gl.float32, S_L),)
-        key_unit = _choose(
-            token // 8, _key_unit(K_BITS, 0), _key_unit(K_BITS, 1), _key_unit(K_BITS, 2), _key_unit(K_BITS, 3)
-        )
+        key_unit = inverse_units(token // 8, K_BITS)
         full = gl.maximum(gl.minimum(end, packed // (32 * TILES)), first)
         for step in range(first, full):
             m, l, mass, acc = _step(
@@ -584,19 +360,17 @@ def gluon_splits_kernel(
         at_split = (bh * splits + split).to(gl.int64) * G
         rows = gl.num_programs(1).to(gl.int64) * splits * G
         block = gl.arange(0, QD, gl.SliceLayout(1, S_L)) // 8 % 4
-        unit = _choose(
-            block, _value_unit(V_BITS, 0), _value_unit(V_BITS, 1), _value_unit(V_BITS, 2), _value_unit(V_BITS, 3)
-        )
+        unit = inverse_units(block, V_BITS) * (1.0 if V_BITS == 8 else SUBNORMAL)
         for x in gl.static_range(HT):
             m_out = m[x] - RESCALE
             if not SOFTCAP:
                 m_out = m_out + offset[x]
-            middle = gl.max(mass[x], axis=0) * _middle(V_BITS)
+            below = gl.max(mass[x], axis=0) * middle(V_BITS)
             mine = ()
             for c in gl.static_range(CHUNKS):
-                o = acc[x * CHUNKS + c] * unit[:, None] - middle[None, :]
+                o = acc[x * CHUNKS + c] * unit[:, None] - below[None, :]
                 mine = mine + (o * (1.0 / 127.0) if V_BITS == 8 else o,)
-            _store_part(
+            store_part(
                 split_o, split_ml, m_out, l[x], mine, end > first, at_split, rows, (group + x) * 8,
                 G, D, QD, False, S_L,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""From packed words to tensor-core operands in registers: the PTX that unpacks (Gluon).
+"""From packed words to tensor-core operands in registers: the PTX that unpacks, the layouts it ends in (Gluon).
 
 packing.py puts the codes of a lane in the order in which that lane feeds them to the tensor cores, and gives them even
 levels, so unpacking neither moves data between lanes nor looks anything up: one AND cuts a field out of four bytes
@@ -12,6 +12,7 @@ from functools import lru_cache
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+SUBNORMAL = gl.constexpr(2.0**24)  # what an fp16 field of values is too small by, beside its unit
 FIELD = {1: 0x1, 2: 0x3, 3: 0xE, 4: 0xF}  # of a code in its nibble
 
 
@@ -101,3 +102,91 @@ INT8_TO_FP16 = gl.constexpr(
     "{\n.reg .b32 a, u;\nxor.b32 a, $2, 0x80808080;\nmov.b32 u, 0x64646464;\nprmt.b32 $0, a, u, 0x4140;\n"
     "prmt.b32 $1, a, u, 0x4342;\nmov.b32 u, 0xE480E480;\nadd.rn.f16x2 $0, $0, u;\nadd.rn.f16x2 $1, $1, u;\n}"
 )
+
+
+@gluon.jit
+def _join8(r):
+    """Eight tensors -> trailing dimension of 8."""
+    a = gl.join(gl.join(r[0], r[1]), gl.join(r[2], r[3]))
+    b = gl.join(gl.join(r[4], r[5]), gl.join(r[6], r[7]))
+    # [..., r0, r1, r2] -> [..., r2, r1, r0]
+    return gl.permute(gl.join(a, b), (0, 3, 2, 1))
+
+
+@gluon.jit
+def unpack_key(planes, ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, BITS: gl.constexpr):
+    """Planes int8 [bytes] -> 8 int8 tensors, register r = 0..7 of every group."""
+    if BITS == 8:
+        return planes
+    return gl.inline_asm_elementwise(
+        ASM, CONSTRAINTS, planes, is_pure=True, pack=4,
+        dtype=(gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8),
+    )  # fmt: skip
+
+
+@gluon.jit
+def unpack_value(planes, ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, BITS: gl.constexpr):
+    """Planes int8 [bytes] -> 8 fp16 tensors, register r = 0..7 of every group."""
+    half = ()
+    if BITS == 8:
+        for i in gl.static_range(8):
+            x = gl.inline_asm_elementwise(
+                INT8_TO_FP16, "=&r,=&r,r", [planes[i]], dtype=gl.float16, is_pure=True, pack=4
+            )
+            half = half + (x,)
+    else:
+        half = gl.inline_asm_elementwise(
+            ASM, CONSTRAINTS, planes, is_pure=True, pack=4,
+            dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
+        )  # fmt: skip
+    return half
+
+
+@gluon.constexpr_function
+def _inverse_unit(bits, i):
+    return 1.0 / units(bits)[i]
+
+
+@gluon.constexpr_function
+def _double_start(bits, i):
+    return double_starts(bits)[i]
+
+
+@gluon.constexpr_function
+def middle(bits):
+    """The middle level, counted from code 0."""
+    return 0.0 if bits == 8 else (2**bits - 1) / 2
+
+
+@gluon.jit
+def _choose(i, a, b, c, d):
+    """a, b, c or d where i is 0, 1, 2 or 3."""
+    return gl.where(i < 2, gl.where(i == 0, a, b), gl.where(i == 2, c, d))
+
+
+@gluon.jit
+def inverse_units(i, BITS: gl.constexpr):
+    """1 / units(BITS) of token tiles or dimension blocks i."""
+    return _choose(i, _inverse_unit(BITS, 0), _inverse_unit(BITS, 1), _inverse_unit(BITS, 2), _inverse_unit(BITS, 3))
+
+
+@gluon.jit
+def starts(i, BITS: gl.constexpr):
+    """double_starts(BITS) of token tiles i."""
+    return _choose(i, _double_start(BITS, 0), _double_start(BITS, 1), _double_start(BITS, 2), _double_start(BITS, 3))
+
+
+@gluon.jit
+def key_operand(r, GROUPS: gl.constexpr):
+    """Registers of GROUPS groups -> K^T int8 [32 GROUPS, 32]."""
+    # g t group byte i jj -> (group jj t byte) (i g)
+    x = gl.reshape(_join8(r), [8, 4, GROUPS, 4, 4, 2])
+    return gl.reshape(gl.permute(x, (2, 5, 1, 3, 4, 0)), [32 * GROUPS, 32])
+
+
+@gluon.jit
+def value_operand(r, GROUPS: gl.constexpr):
+    """Registers of GROUPS groups, fp16 -> V^T [32 GROUPS, 32]."""
+    # g t group b1 b0 m j0 -> (group m g) (j0 b1 t b0)
+    x = gl.reshape(_join8(r), [8, 4, GROUPS, 2, 2, 4, 2])
+    return gl.reshape(gl.permute(x, (2, 5, 0, 6, 3, 1, 4)), [32 * GROUPS, 32])

@@ -75,27 +75,31 @@ def main() -> None:
     copy = copy_bandwidth()
     result = {"device": torch.cuda.get_device_name(0), "versions": versions(), "commit": args.commit or commit()}
     result |= {"copy_gb_s": round(copy, 1), "encode": [], "extend": []}
+    output = args.output or RESULTS / f"prefill_{device_slug()}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(kind: str, row: dict) -> dict:
+        """Keep a row, in the file too: a run cut short loses nothing it has timed."""
+        result[kind].append(row)
+        output.write_text(json.dumps(result, indent=1) + "\n")
+        return row
+
     print(f"{result['device']}: copy {copy:.0f} GB/s")
     shapes = [(128, "hadamard", (1, 2, 3, 4, 8)), (128, "dense", (3,)), (64, "hadamard", (3,)), (256, "hadamard", (3,))]
     for head_dim, kind, bits in shapes:
         for one in bits:
             for role in ROLES:
-                row = encode_row(head_dim, one, role, kind, copy)
-                result["encode"].append(row)
+                row = add("encode", encode_row(head_dim, one, role, kind, copy))
                 print(
                     f"encode D {head_dim} {one} bits {role:5} {kind:8} {row['us_median']:7.1f} us "
                     f"{row['percent_of_copy']:5.1f} % of copy, {row['codes_differing']:.1e} of the codes differ"
                 )
     for length, q_len in ((8192, 128), (8192, 1024), (32768, 1024), (32768, 4096)):
-        row = extend_row(length, q_len, 3)
-        result["extend"].append(row)
+        row = add("extend", extend_row(length, q_len, 3))
         print(
             f"extend {q_len} queries over {length} tokens {row['us_median']:8.1f} us, {row['times_of_flash']:.2f} times"
             f" flash in bf16 ({row['flash_us_median']:.1f} us), error {row['rel_error']:.1e}"
         )
-    output = args.output or RESULTS / f"prefill_{device_slug()}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {output}")
 
 

@@ -3,9 +3,9 @@
     y = (x - shift) @ map      c = clamp(floor(y / (sigma * step))) + 1/2      scale = <y, c> / <c, c>
 
 The product runs on tensor cores in two bf16 parts (high + remainder, 17 bits): map = m_hi + m_lo, and x = x_hi + x_lo
-unless x is bf16 already; x_lo m_lo is left out.  Maps are divided by the largest entry of a row first, which makes a
-randomised Hadamard matrix +-1, and a remainder that is all zero is skipped at run time.  Under the Triton
-interpreter, whose bf16 product is wrong, the same parts are multiplied as float32.
+unless x is bf16 already; x_lo m_lo is left out.  A remainder that is all zero is skipped at run time: maps of the cache
+are bf16 numbers (`rotation.in_one_part`), or +-c as a randomised Hadamard matrix, which is divided by c first.  Under
+the Triton interpreter, whose bf16 product is wrong, the same parts are multiplied as float32.
 
 Rows and columns of the product are permuted (`_tokens`, `_columns`) so that the accumulator of a tensor-core product
 holds whole packed words: with four warps and 128 rows a warp owns a tile, and no code changes its thread.
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 TILE = 32
+WIDE = 200  # KiB of shared memory: a chip with wgmma or tcgen05
 STEP_TOKENS = 32  # appends up to this long fill at most one tile and cannot overwrite ring slots that are leaving
 
 
@@ -269,6 +270,23 @@ def _mapped(
 
 
 @triton.jit
+def _shift_rows(shifted, OPERAND: tl.constexpr):
+    """Minus shifted float32 [DP] as three bf16 numbers below each other, the first rows of an operand [16, DP]."""
+    high, _rest = _split(-shifted, tl.float32)
+    middle, low = _split(-shifted - high, tl.float32)
+    row = tl.arange(0, 16)[:, None]
+    rows = tl.where(row == 0, high[None, :], tl.where(row == 1, middle[None, :], low[None, :]))
+    return tl.where(row < 3, rows, 0.0).to(tl.bfloat16).to(OPERAND)
+
+
+@triton.jit
+def _minus_shift(ok, shift_rows, OPERAND: tl.constexpr):
+    """Minus the mapped shift where ok [N], float32 [N, DP]: a product, since to add it would take 64 registers."""
+    ones = tl.where(ok[:, None] & (tl.arange(0, 16) < 3)[None, :], 1.0, 0.0)
+    return tl.dot(ones.to(tl.bfloat16).to(OPERAND), shift_rows, input_precision="ieee")
+
+
+@triton.jit
 def _times_map(x, m_high, m_low, map_has_low, OPERAND: tl.constexpr):
     """x @ (m_high + m_low) float32; x in any type."""
     if x.dtype == tl.bfloat16:
@@ -301,7 +319,8 @@ def encode_kernel(
     x_sb, x_sh, x_sn, r_sb, r_sh, r_sn, w_sb, w_sh, w_st, s_sb, s_sh, s_st,
     heads, n, tiles, capacity, sinks, window, blocks,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr,
-    TILES: tl.constexpr, KC: tl.constexpr, RING: tl.constexpr, AHEAD: tl.constexpr, OPERAND: tl.constexpr,
+    TILES: tl.constexpr, KC: tl.constexpr, HALVES: tl.constexpr, RING: tl.constexpr, AHEAD: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Encode many tiles of one side (keys or values).
 
@@ -309,8 +328,9 @@ def encode_kernel(
     append, and the tiles are those that leave the window with it; tokens older than x are in the ring.
 
     Grid: (B * H, chunks); a program encodes up to `blocks` blocks of TILES tiles, half a block (16 tokens of each tile)
-    at a time.  Up to D = 128 its map stays in shared memory (WHOLE); at D = 256 the high part does (HALVES: two of 128
-    rows); others are streamed.  AHEAD: tokens that are on their way to L2 while the map is prepared.
+    at a time.  Up to D = 128 its map stays in shared memory (WHOLE); at D = 256 the high part does where it fits
+    (HALVES: two of 128 rows, for a bf16 x); others are streamed.  AHEAD: tokens that are on their way to L2 while the
+    map is prepared.
     """
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
@@ -333,7 +353,7 @@ def encode_kernel(
     else:
         count = (n + 31) // 32
     WHOLE: tl.constexpr = DP <= 128
-    HALVES: tl.constexpr = DP == 256 and x.dtype.element_ty == tl.bfloat16
+    SPLIT: tl.constexpr = HALVES and x.dtype.element_ty == tl.bfloat16
     FUSED: tl.constexpr = OPERAND == tl.bfloat16
     first = tl.program_id(1) * blocks
     last = tl.minimum(first + blocks, (count + TILES - 1) // TILES)
@@ -347,13 +367,14 @@ def encode_kernel(
                 wanted = early < n
             _prefetch(x + early.to(tl.int64) * x_sn, wanted, D)
         unit = 1.0
-        if WHOLE or HALVES:
+        if WHOLE or SPLIT:
             dims = tl.arange(0, DP)
             # (x - shift) @ map = x @ map - shift @ map; with the same two parts of the map in both, what they
             # leave out multiplies x - shift only.
             has_shift = tl.max(tl.abs(tl.load(shift + dims, mask=dims < D, other=0.0)), axis=0) > 0
             top = tl.max(tl.abs(tl.load(map + dims, mask=dims < D, other=0.0)), axis=0)
-            unit = tl.where(top > 0, top, 1.0)
+            least = tl.min(tl.abs(tl.load(map + dims, mask=dims < D, other=float("inf"))), axis=0)
+            unit = tl.where((top > 0) & (least == top), top, 1.0)
             inverse = 1.0 / unit
             if WHOLE:
                 high, low = _map_parts(_arrange(_load_map(map, 0, D, DP, DP), KEY), unit, inverse)
@@ -373,16 +394,22 @@ def encode_kernel(
                     k_high, k_low = _split_map(_arrange(_load_map(map, k, D, DP, KC), KEY), unit, inverse, OPERAND)
                     part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
                     shifted += tl.sum(part[:, None] * (k_high.to(tl.float32) + k_low.to(tl.float32)), axis=0)
+            if SPLIT:
+                minus = _shift_rows(shifted, OPERAND)
         # Blocks begin .. end - 1 are whole and all in x; those before and after them need masks or the ring.
         begin = last
         end = last
-        if WHOLE:
+        if WHOLE or SPLIT:
             if RING:
                 begin = tl.minimum(tl.maximum((fresh + TILES * 32 - 1) // (TILES * 32), first), last)
                 end = tl.minimum(tl.maximum(count // TILES, begin), last)
             else:
                 begin = first
                 end = tl.minimum(tl.maximum(n // (TILES * 32), begin), last)
+        if SPLIT:
+            if map_has_low:
+                begin = last
+                end = last
         words0 = _get_words(tl.zeros([TILES * 16, DP], tl.int32), BITS, KEY)
         scale0 = tl.zeros([TILES * 16], tl.float32)
         for i in tl.range(2 * first, 2 * (last - end + begin), num_stages=1):
@@ -401,8 +428,11 @@ def encode_kernel(
                 ok = token < n - tile * 32
             if WHOLE:
                 y = _times_map(_load_rows(rows, ok, 0, D, DP), m_high, m_low, map_has_low, OPERAND)
-            elif HALVES:
-                y = tl.dot(_load_rows(rows, ok, 0, D, 128).to(OPERAND), m_high, input_precision="ieee")
+                if has_shift:
+                    y -= tl.where(ok, 1.0, 0.0)[:, None] * shifted[None, :]
+            elif SPLIT:
+                y = _minus_shift(ok, minus, OPERAND)
+                y = tl.dot(_load_rows(rows, ok, 0, D, 128).to(OPERAND), m_high, y, input_precision="ieee")
                 y = tl.dot(_load_rows(rows, ok, 128, D, 128).to(OPERAND), m2_high, y, input_precision="ieee")
                 if map_has_low:
                     for k in range(0, DP, KC):
@@ -411,9 +441,6 @@ def encode_kernel(
                         y = tl.dot(chunk.to(OPERAND), rest, y, input_precision="ieee")
             else:
                 y = _mapped(rows, ok, map, shift, D, DP, KEY, KC, OPERAND)
-            if WHOLE or HALVES:
-                if has_shift:
-                    y -= tl.where(ok, 1.0, 0.0)[:, None] * shifted[None, :]
             codes, scale1 = _quantize(y, D, BITS, STEP, FUSED)
             words1 = _get_words(codes, BITS, KEY)
             if half % 2 == 1:
@@ -422,15 +449,20 @@ def encode_kernel(
                 _put_scales(scale0, scale1, unit, scales + at * s_st, s_st, order, left)
             words0 = words1
             scale0 = scale1
-        if WHOLE:
+        if WHOLE or SPLIT:
             rows = x + order * x_sn
             always = order >= 0
             for half in range(2 * begin, 2 * end):
                 tile = half // 2 * TILES
-                here = _load_rows(rows + (tile * 32 + half % 2 * 8).to(tl.int64) * x_sn, always, 0, D, DP)
-                y = _times_map(here, m_high, m_low, map_has_low, OPERAND)
-                if has_shift:
-                    y -= shifted[None, :]
+                here = rows + (tile * 32 + half % 2 * 8).to(tl.int64) * x_sn
+                if WHOLE:
+                    y = _times_map(_load_rows(here, always, 0, D, DP), m_high, m_low, map_has_low, OPERAND)
+                    if has_shift:
+                        y -= shifted[None, :]
+                else:
+                    y = _minus_shift(always, minus, OPERAND)
+                    y = tl.dot(_load_rows(here, always, 0, D, 128).to(OPERAND), m_high, y, input_precision="ieee")
+                    y = tl.dot(_load_rows(here, always, 128, D, 128).to(OPERAND), m2_high, y, input_precision="ieee")
                 codes, scale1 = _quantize(y, D, BITS, STEP, FUSED)
                 words1 = _get_words(codes, BITS, KEY)
                 if half % 2 == 1:
@@ -575,22 +607,26 @@ def _padded(dim: int) -> int:
     return max(32, triton.next_power_of_2(dim))
 
 
-def launch_options(dim: int, wide: bool) -> dict[str, int]:
-    """Block sizes of `encode_kernel`; wide: a chip with wgmma and more than 200 KiB of shared memory."""
-    padded = _padded(dim)
-    warps = 4 if padded <= 128 and wide else 8
-    return {"TILES": 4, "KC": 32, "num_warps": warps, "num_stages": 3 if padded <= 128 else 1}
+def launch_options(dim: int, shared: int) -> dict[str, int]:
+    """Block sizes of `encode_kernel` on a chip with `shared` KiB of shared memory in a multiprocessor."""
+    options = {"TILES": 4, "KC": 32, "num_warps": 4 if shared >= WIDE else 8, "HALVES": False}
+    if dim > 128:
+        return {**options, "HALVES": dim == 256 and shared >= 160, "num_stages": 2 if shared >= WIDE else 1}
+    return {**options, "num_stages": 3 if dim == _padded(dim) else 2}
 
 
-def _wide(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+def shared_kib(device: torch.device) -> int:
+    """Shared memory of a multiprocessor in KiB; what an sm_80 has for the interpreter."""
+    if device.type != "cuda":
+        return 164
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor // 1024
 
 
 def _encode_many(x, ring, codes, scales, map, shift, length, start, tiles, sinks, window, key, book):
     """Launch `encode_kernel` over at most `tiles` tiles per row and head."""
     batch, heads, n, dim = x.shape
     words = _words(codes, scales)
-    options = launch_options(dim, _wide(x.device))
+    options = launch_options(dim, shared_kib(x.device))
     blocks = triton.cdiv(tiles, options["TILES"])
     cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
     resident = 4 if dim <= 64 else 2 if dim <= 128 else 1  # programs to a multiprocessor

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .encode import _load_map, _padded, _split, _split_map, _wide
+from .encode import WIDE, _load_map, _padded, _split, _split_map, shared_kib
 
 LOG2E = 1.4426950408889634
 
@@ -486,9 +486,12 @@ def operands(dtype: torch.dtype, interpreted: bool) -> tuple[torch.dtype, torch.
 _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def launch_options(dim: int, rows: int, dtype: torch.dtype, wide: bool) -> dict[str, dict[str, int]]:
-    """Block sizes of the two attention kernels for `rows` = G * q_len query rows per KV head."""
-    padded = _padded(dim)
+def launch_options(dim: int, rows: int, dtype: torch.dtype, shared: int) -> dict[str, dict[str, int]]:
+    """Block sizes of the two attention kernels for `rows` = G * q_len query rows per KV head.
+
+    shared: KiB of shared memory in a multiprocessor.
+    """
+    padded, wide = _padded(dim), shared >= WIDE
     m = min(128, max(16, triton.next_power_of_2(rows)))
     if dtype == torch.float32:
         block = {"M": 16, "num_warps": 4, "num_stages": 1}
@@ -533,7 +536,7 @@ def extend_attention(
     precision = "tf32x3" if q.dtype == torch.float32 and not interpreted else "ieee"
     split_operand = tl.float32 if interpreted else tl.bfloat16
     padded = _padded(dim)
-    options = launch_options(dim, group * q_len, q.dtype, _wide(q.device))
+    options = launch_options(dim, group * q_len, q.dtype, shared_kib(q.device))
     k_words, v_words = k_codes.view(torch.int32), v_codes.view(torch.int32)
     query_map, output_map = query_map.contiguous(), output_map.contiguous()
     key_shift, value_shift = key_shift.contiguous(), value_shift.contiguous()

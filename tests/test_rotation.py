@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tq_ao.rotation import LayerMaps, hadamard, rotation_maps, rotations
+from tq_ao.rotation import LayerMaps, hadamard, in_one_part, rotation_maps, rotations
 
 
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 160, 256])
@@ -36,6 +36,17 @@ def test_maps_keep_scores_and_outputs(seed: int, rng: torch.Generator) -> None:
     q, k, v = (torch.randn(2, 5, 64, generator=rng) for _ in range(3))
     assert torch.allclose((q @ maps.query) @ (k @ maps.key).mT, q @ k.mT, atol=1e-4)
     assert torch.allclose((v @ maps.value) @ maps.output, v, atol=1e-5)
+
+
+def test_a_map_in_one_part_has_bfloat16_entries_and_its_own_inverse(rng: torch.Generator) -> None:
+    stretch = torch.exp(torch.randn(3, 96, 1, generator=rng, dtype=torch.float64))
+    map, inverse = in_one_part(stretch * torch.randn(3, 96, 96, generator=rng, dtype=torch.float64))
+    assert torch.equal(map, map.bfloat16().float())
+    eye = torch.eye(96, dtype=torch.float64).expand(3, -1, -1)
+    torch.testing.assert_close(map.double() @ inverse.double(), eye, atol=1e-3, rtol=0)
+    plain, back = in_one_part(rotations("hadamard", 2, 128, 5))
+    assert torch.equal(plain, rotations("hadamard", 2, 128, 5))
+    torch.testing.assert_close(back, plain.mT)
 
 
 def test_errors() -> None:

@@ -91,11 +91,29 @@ def rotations(kind: str, heads: int, dim: int, seed: int) -> torch.Tensor:
     return (signs * h).float()
 
 
+def in_one_part(map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A map that encode can multiply by as one bf16 operand instead of two, and its exact inverse.
+
+    Rounding the entries (by 2**-9 at most) bends the map a little; the read-out undoes the bent one, so no error is
+    left.  A matrix of +-c is as good as it is: encode divides by c.
+
+    Args:
+        map: [H, D, D], invertible.
+
+    Returns:
+        float32 [H, D, D]: the map with entries that bfloat16 has; its inverse (computed in float64).
+    """
+    size = map.float().abs()
+    rounded = map.float() if size.amin() == size.amax() else map.to(torch.bfloat16).float()
+    return rounded, torch.linalg.inv(rounded.double()).float().contiguous()
+
+
+@lru_cache(maxsize=512)
 def rotation_maps(kind: str, heads: int, dim: int, seed: int) -> LayerMaps:
     """Plain TurboQuant maps of one layer: the same rotation for K and V, zero shifts."""
-    r = rotations(kind, heads, dim, seed)
+    r, inverse = in_one_part(rotations(kind, heads, dim, seed))
     zero = torch.zeros(heads, dim)
-    return LayerMaps(key=r, query=r, value=r, output=r.mT.contiguous(), key_shift=zero, value_shift=zero)
+    return LayerMaps(key=r, query=inverse.mT.contiguous(), value=r, output=inverse, key_shift=zero, value_shift=zero)
 
 
 class MapSource:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = {80: 163 * 1024, 90: 227 * 1024}
+SHARED = {80: 164, 89: 100, 90: 228, 120: 100}  # KiB of a multiprocessor, of which a program may have all but one
 TYPES = {
     "words": "*i32", "k_words": "*i32", "v_words": "*i32", "length": "*i64", "start": "*i64", "scale": "fp32",
     "k_factor": "fp32", "v_factor": "fp32", "softcap": "fp32", "scales": "*fp16", "k_scales": "*fp16",
@@ -40,6 +40,11 @@ MAIN = [
     {"kernel": "packed", "dim": 64, "bits": [4, 2], "arch": 90, "key": True},
     {"kernel": "packed", "dim": 128, "bits": [3, 3], "arch": 80, "key": True},
     {"kernel": "exact", "dim": 128, "bits": [3, 3], "arch": 90, "key": True},
+]
+FIT = [  # chips on which the map of D = 256 stays in shared memory, and on which it does not
+    {"kernel": "encode", "dim": 256, "bits": [3, 3], "arch": 90, "key": False},
+    {"kernel": "encode", "dim": 256, "bits": [3, 3], "arch": 89, "key": True},
+    {"kernel": "encode", "dim": 128, "bits": [3, 3], "arch": 120, "key": False},
 ]
 
 
@@ -76,7 +81,7 @@ def _compile(case: dict):
     if case["kernel"] in ("encode", "step", "write"):
         fn = getattr(encode, f"{case['kernel']}_kernel")
         if case["kernel"] == "encode":
-            options = encode.launch_options(dim, arch >= 90)
+            options = encode.launch_options(dim, SHARED[arch])
         constants |= {
             "BITS": k_bits, "KEY": case["key"], "STEP": key.step, "RING": case["key"], "AHEAD": 256, "Q": 1,
             "ROWS": 32, "K_BITS": k_bits, "V_BITS": v_bits, "K_STEP": key.step, "V_STEP": value.step,
@@ -90,7 +95,7 @@ def _compile(case: dict):
             "V_ASM": extend_attention.levels_asm(v_bits, False, v_type), "CAP": False, "V_OPERAND": tl.bfloat16,
             "PRECISION": "ieee", "LOGITS": False,
         }  # fmt: skip
-        options = extend_attention.launch_options(dim, 4096, torch.bfloat16, arch >= 90).get(case["kernel"], options)
+        options = extend_attention.launch_options(dim, 4096, torch.bfloat16, SHARED[arch]).get(case["kernel"], options)
         optional = ("sink_logits",)
     constants |= dict.fromkeys(optional)
     constants |= {n: options[n] for n in options if n not in ("num_warps", "num_stages")}
@@ -144,7 +149,7 @@ def _report(case: dict) -> dict:
     if case["kernel"] == "packed":  # keys and values of a block, in the loop and after it, of one thread
         from tq_ao.kernels import extend_attention
 
-        options = extend_attention.launch_options(case["dim"], 4096, torch.bfloat16, case["arch"] >= 90)["packed"]
+        options = extend_attention.launch_options(case["dim"], 4096, torch.bfloat16, SHARED[case["arch"]])["packed"]
         count["level_pairs"] = 2 * options["TILES"] * extend_attention._padded(case["dim"]) // options["num_warps"]
     return case | count | {"shared": compiled.metadata.shared, "instructions": sass.count(";")}
 
@@ -152,7 +157,7 @@ def _report(case: dict) -> dict:
 @pytest.fixture(scope="module")
 def reports(seed: int) -> list[dict]:
     """Reports of the main and the drawn cases, compiled by two child processes."""
-    cases = MAIN + drawn(seed)
+    cases = MAIN + FIT + drawn(seed)
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     children = [
         subprocess.Popen(
@@ -172,7 +177,7 @@ def reports(seed: int) -> list[dict]:
 
 def test_every_kernel_fits_its_chip(reports: list[dict]) -> None:
     for report in reports:
-        assert report["shared"] <= SHARED[report["arch"]], report
+        assert report["shared"] <= 1024 * (SHARED[report["arch"]] - 1), report
 
 
 def test_measured_configurations_do_not_spill_in_their_loop(reports: list[dict]) -> None:

@@ -13,7 +13,7 @@ import torch
 from tq_ao import reference
 from tq_ao.codebook import BITS, ROLES, codebook
 from tq_ao.packing import TILE, unpack
-from tq_ao.rotation import rotations
+from tq_ao.rotation import rotation_maps, rotations
 
 triton = pytest.importorskip("triton")  # exists on Linux only
 tl = triton.language
@@ -47,6 +47,22 @@ def test_encode_equals_the_reference(bits: int, dim: int, role: str, rng: torch.
     want = reference.encode(x, maps.key, maps.key_shift, bits, role)
     assert [t.shape for t in got] == [t.shape for t in want]
     assert_same_tiles(got, want, dim, role)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("dim", [96, 128, 256])
+def test_whole_blocks_equal_the_reference(
+    dim: int, parts: int, shifted: bool, role: str, rng: torch.Generator, seed: int
+) -> None:
+    """Two blocks of four tiles, which need no masks, between them and the end one that does."""
+    map = rotation_maps("dense", 1, dim, seed).key if parts == 1 else rotations("dense", 1, dim, seed)
+    assert (map == map.bfloat16()).all() == (parts == 1)
+    shift = torch.randn(1, dim, generator=rng) * shifted
+    x = layer_state.tokens(1, 1, 300, dim, rng, torch.bfloat16)
+    got = triton_encode.encode(x.to(DEVICE), map.to(DEVICE), shift.to(DEVICE), codebook(3), role)
+    assert_same_tiles(got, reference.encode(x, map, shift, 3, role), dim, role)
 
 
 @triton.jit

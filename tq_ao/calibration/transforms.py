@@ -13,7 +13,7 @@ multiplies them: W_o^T W_o, or the loss gradient of the attention output.
 import torch
 
 from tq_ao.calibration.statistics import LayerStatistics
-from tq_ao.rotation import LayerMaps, rotations
+from tq_ao.rotation import LayerMaps, in_one_part, rotations
 
 RIDGE = 1e-2
 KEY_VARIANTS = ("plain", "tokens", "attention", "attention-centred", "fisher", "fisher-centred")
@@ -73,14 +73,14 @@ def key_maps(
         ValueError: unknown variant, or one whose statistics were not collected.
     """
     if variant == "plain":
-        return rotation, rotation, rotation.new_zeros(rotation.shape[:2])
+        key, inverse = in_one_part(rotation)
+        return key, inverse.mT.contiguous(), rotation.new_zeros(rotation.shape[:2])
     weighting, _, centred = variant.partition("-")
     k, q = _moments(statistics, "k", weighting, variant), _moments(statistics, "q", weighting, variant)
     a = balance(k.covariance(bool(centred)), q.covariance(False))
     shift = k.mean().float() if centred else rotation.new_zeros(rotation.shape[:2])
-    r = rotation.double().cpu()
-    found = ((a @ r).float(), (torch.linalg.inv(a) @ r).float())
-    return found[0].to(rotation.device), found[1].to(rotation.device), shift.to(rotation.device)
+    key, inverse = in_one_part(a @ rotation.double().cpu())
+    return key.to(rotation.device), inverse.mT.contiguous().to(rotation.device), shift.to(rotation.device)
 
 
 def value_maps(
@@ -95,7 +95,7 @@ def value_maps(
         ValueError: unknown variant, or one whose statistics were not collected.
     """
     if variant == "plain":
-        return rotation, rotation.mT.contiguous(), rotation.new_zeros(rotation.shape[:2])
+        return *in_one_part(rotation), rotation.new_zeros(rotation.shape[:2])
     centred = variant.endswith("centred")
     v = _moments(statistics, "v", "fisher" if variant == "fisher-centred" else "attention", variant)
     if variant.startswith("fisher"):
@@ -108,9 +108,8 @@ def value_maps(
         )
     a = balance(v.covariance(centred), reader)
     shift = v.mean().float() if centred else rotation.new_zeros(rotation.shape[:2])
-    r = rotation.double().cpu()
-    found = ((a @ r).float(), (r.mT @ torch.linalg.inv(a)).float())
-    return found[0].to(rotation.device), found[1].to(rotation.device), shift.to(rotation.device)
+    value, output = in_one_part(a @ rotation.double().cpu())
+    return value.to(rotation.device), output.to(rotation.device), shift.to(rotation.device)
 
 
 def _moments(statistics: LayerStatistics, what: str, weighting: str, variant: str):  # type: ignore[no-untyped-def]

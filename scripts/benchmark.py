@@ -11,7 +11,6 @@ cache.  The baselines read the same number of tokens in bf16 from contiguous mem
 """
 
 import argparse
-import importlib
 import importlib.metadata
 import json
 import statistics
@@ -24,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+import bf16_kernels  # type: ignore[import-not-found]
 import torch
 
 RESULT = Path(__file__).resolve().parents[1] / "benchmarks/results/attention_h100.json"
@@ -127,49 +127,14 @@ def copies_beyond_cache(size: int) -> int:
     return max(1, min(16, -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // size)))
 
 
-def baselines(row: Row) -> dict[str, list[Callable[[], torch.Tensor]]]:
-    """Calls of the bf16 kernels that are installed and accept the shape."""
-    import torch.nn.functional as F
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    b, h, d, n = row.batch, row.kv_heads, row.head_dim, row.length
-    count = copies_beyond_cache(own_bytes(row, 16))
-    q = torch.randn(b, h * row.group, 1, d, device="cuda", dtype=torch.bfloat16)
-    kv = [torch.randn(2, b, h, n, d, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
-
-    def sdpa(backend: SDPBackend, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-    found: dict[str, list[Callable[[], torch.Tensor]]] = {}
-    names = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-    for name, backend in (names | {"efficient": SDPBackend.EFFICIENT_ATTENTION}).items():
-        found[f"sdpa {name} bf16"] = [partial(sdpa, backend, x[0], x[1]) for x in kv]
-    try:
-        flash_attn_with_kvcache = importlib.import_module("fa3_fwd_interface").flash_attn_with_kvcache
-
-        lengths = torch.full((b,), n, device="cuda", dtype=torch.int32)
-        rows = [x.transpose(2, 3).contiguous() for x in kv]  # [2, B, n, H, D]
-        q_row = q.transpose(1, 2).contiguous()
-        found["flash-attention 3 bf16"] = [
-            partial(flash_attn_with_kvcache, q_row, x[0], x[1], cache_seqlens=lengths) for x in rows
-        ]
-    except ImportError:
-        print("  flash-attention 3 (fa3-fwd) is not installed: not measured", file=sys.stderr)
-    try:
-        decode = importlib.import_module("flashinfer").single_decode_with_kv_cache
-
-        if b == 1:
-            found["flashinfer bf16"] = [partial(decode, q[0, :, 0], x[0, 0], x[1, 0], kv_layout="HND") for x in kv]
-    except ImportError:
-        print("  flashinfer is not installed: not measured", file=sys.stderr)
-    return found
-
-
 def time_baselines(row: Row) -> dict[str, dict[str, float]]:
-    """Times of the bf16 kernels that run on this shape."""
+    """Times of the bf16 kernels that are installed and run on this shape."""
+    b, h, d, n = row.batch, row.kv_heads, row.head_dim, row.length
+    q = torch.randn(b, h * row.group, 1, d, device="cuda", dtype=torch.bfloat16)
+    copies = range(copies_beyond_cache(own_bytes(row, 16)))
+    caches = [torch.randn(2, b, h, n, d, device="cuda", dtype=torch.bfloat16) for _ in copies]
     measured = {}
-    for name, calls in baselines(row).items():
+    for name, calls in bf16_kernels.calls(q, caches).items():
         try:
             measured[name] = time_calls(calls)
         except RuntimeError as refused:

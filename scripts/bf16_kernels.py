@@ -1,0 +1,65 @@
+"""The bf16 decode attention kernels that `benchmark.py attention` compares with, as far as they are installed."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Call = Callable[[], torch.Tensor]
+PAGE = 64  # tokens to a page of FlashInfer's cache
+
+
+def calls(q: torch.Tensor, caches: list[torch.Tensor]) -> dict[str, list[Call]]:
+    """Calls of every installed kernel, one for each cache; whether it accepts the shape shows when it is called.
+
+    Args:
+        q: bf16 [B, Hq, 1, D].
+        caches: bf16 [2, B, H, N, D] each, keys and values; kernels that want another layout get a copy in it.
+    """
+    backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    backends["efficient"] = SDPBackend.EFFICIENT_ATTENTION
+    found: dict[str, list[Call]] = {}
+    for name, backend in backends.items():
+        found[f"sdpa {name} bf16"] = [partial(_sdpa, backend, q, *kv) for kv in caches]
+    for name, package, make in (
+        ("flash-attention 3 bf16", "fa3_fwd_interface", _flash_attention_3),
+        ("flashinfer bf16", "flashinfer", _flashinfer),
+    ):
+        try:
+            found[name] = [make(importlib.import_module(package), q, kv) for kv in caches]
+        except ImportError as missing:
+            print(f"  {name} is not installed ({missing}): not measured", file=sys.stderr)
+        except RuntimeError as refused:  # of FlashInfer, which compiles for the shape when it plans
+            print(f"  {name} does not run: {str(refused).splitlines()[0][:90]}", file=sys.stderr)
+    return found
+
+
+def _sdpa(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def _flash_attention_3(package, q: torch.Tensor, kv: torch.Tensor) -> Call:  # type: ignore[no-untyped-def]
+    lengths = torch.full((q.shape[0],), kv.shape[3], device=q.device, dtype=torch.int32)
+    k, v = kv.transpose(2, 3).contiguous()  # [B, N, H, D]
+    return partial(package.flash_attn_with_kvcache, q.transpose(1, 2).contiguous(), k, v, cache_seqlens=lengths)
+
+
+def _flashinfer(package, q: torch.Tensor, kv: torch.Tensor) -> Call:  # type: ignore[no-untyped-def]
+    """Its batch decode over pages in order, with tensor cores where query heads share a KV head."""
+    _, batch, heads, tokens, dim = kv.shape
+    pages = kv.unflatten(3, (-1, PAGE)).permute(1, 3, 0, 2, 4, 5).flatten(0, 1).contiguous()  # [pages, 2, H, PAGE, D]
+    group, each = q.shape[1] // heads, tokens // PAGE
+    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=q.device)
+    wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=group > 1)
+    index = torch.arange(batch * each + 1, dtype=torch.int32, device=q.device)
+    last = torch.full((batch,), PAGE, dtype=torch.int32, device=q.device)
+    wrapper.plan(
+        index[: batch * each + 1 : each], index[:-1], last, q.shape[1], heads, dim, PAGE,
+        q_data_type=q.dtype, kv_data_type=kv.dtype,
+    )  # fmt: skip
+    return partial(wrapper.run, q[:, :, 0].contiguous(), pages)

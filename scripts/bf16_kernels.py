@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -39,7 +40,8 @@ def calls(q: torch.Tensor, caches: list[torch.Tensor]) -> dict[str, list[Call]]:
 
 
 def _sdpa(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    with sdpa_kernel(backend):
+    with sdpa_kernel(backend), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says at length why each other backend is not used
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
@@ -56,10 +58,11 @@ def _flashinfer(package, q: torch.Tensor, kv: torch.Tensor) -> Call:  # type: ig
     group, each = q.shape[1] // heads, tokens // PAGE
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=q.device)
     wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=group > 1)
-    index = torch.arange(batch * each + 1, dtype=torch.int32, device=q.device)
+    first = torch.arange(0, batch * each + 1, each, dtype=torch.int32, device=q.device)
+    index = torch.arange(batch * each, dtype=torch.int32, device=q.device)
     last = torch.full((batch,), PAGE, dtype=torch.int32, device=q.device)
     wrapper.plan(
-        index[: batch * each + 1 : each], index[:-1], last, q.shape[1], heads, dim, PAGE,
+        first, index, last, q.shape[1], heads, dim, PAGE,
         q_data_type=q.dtype, kv_data_type=kv.dtype,
     )  # fmt: skip
     return partial(wrapper.run, q[:, :, 0].contiguous(), pages)

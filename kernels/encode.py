@@ -2,14 +2,6 @@
 
     y = (x - shift) @ map      c = clamp(floor(y / (sigma * step))) + 1/2      scale = <y, c> / <c, c>
 
-The product runs on tensor cores in two bf16 parts (high + remainder, 17 bits): map = m_hi + m_lo, and x = x_hi + x_lo
-unless x is bf16 already; x_lo m_lo is left out.  A remainder that is all zero is skipped at run time: maps of the cache
-are bf16 numbers (`rotation.in_one_part`), or +-c as a randomised Hadamard matrix, which is divided by c first.  Under
-the Triton interpreter, whose bf16 product is wrong, the same parts are multiplied as float32.
-
-Rows and columns of the product are permuted (`_tokens`, `_columns`) so that the accumulator of a tensor-core product
-holds whole packed words: with four warps and 128 rows a warp owns a tile, and no code changes its thread.
-
 What is written where is decided on the device from `length` and `start`, so a captured CUDA graph replays correctly.
 """
 
@@ -17,225 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .mapped import largest, load_map, load_rows, map_operands, map_parts, mapped, minus_shift, shift_operand, times_map
+from .pack import arrange, get_words, put_scales, put_words, quantize, token_order
+
 TILE = 32
 WIDE = 200  # KiB of shared memory: a chip with wgmma or tcgen05
 STEP_TOKENS = 32  # appends up to this long fill at most one tile and cannot overwrite ring slots that are leaving
-
-
-@triton.jit
-def _tokens(TILES: tl.constexpr, KEY: tl.constexpr):
-    """Token of each row of the first half of a block, int32 [TILES * 16]; those of the other half are 8 more.
-
-    Rows are (tile i1 g) for keys, (tile b0 j0 t) for values: bits 0-2 are lanes of a warp, bit 3 is a register.
-    """
-    row = tl.arange(0, TILES * 16)
-    lane = row % 8
-    near = row // 8 % 2
-    if KEY:
-        return row // 16 * 32 + near * 16 + lane
-    return row // 16 * 32 + lane // 4 * 16 + lane % 4 * 2 + near
-
-
-@triton.jit
-def _quantize(y, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, FUSED: tl.constexpr):
-    """y [N, DP] float32, zero beyond D -> codes and scales.
-
-    Codes are int32 [N, DP], below 8 bits with the exponent of the float they were rounded in (`_put_words` takes it off
-    whole words); scales are float32 [N].
-    """
-    if BITS == 8:
-        inverse = 127.0 / tl.maximum(tl.max(tl.abs(y), axis=1), 1e-30)
-        rounded = y * inverse[:, None] + 12582912.0  # 1.5 * 2**23: rounds to nearest even
-        c = rounded - 12582912.0
-        product = 127.0 * tl.sum(y * c, axis=1)
-        square = tl.maximum(tl.sum(c * c, axis=1), 1e-30)
-    else:
-        # Level c is (code - TOP / 2), so code = round(clamp(y / (sigma * step) + TOP / 2, 0, TOP)).  Clamping to 0 .. 1
-        # costs nothing (a saturating multiply-add), and a tie at y = 0 rounds to the even number, code 2 ** (BITS - 1).
-        MAGIC: tl.constexpr = 8388608.0 + (BITS == 1)
-        TOP: tl.constexpr = (1 << BITS) - 1
-        # 1 / (sigma * step * TOP)
-        inverse = tl.rsqrt(tl.maximum(tl.sum(y * y, axis=1), 1e-37)) * (D**0.5 / (STEP * TOP))
-        share = tl.minimum(tl.maximum(y * inverse[:, None] + 0.5, 0.0), 1.0)
-        rounded = share * TOP + MAGIC
-        if FUSED:  # one operation: 2**23 * (1 - 2**-24) is the half that no float near 2**23 has
-            c = tl.fma(rounded, 1.0 - 2.0**-24, 0.5 - 0.5 * TOP - MAGIC)
-        else:
-            c = (rounded - MAGIC) - 0.5 * TOP
-        product = tl.sum(y * c, axis=1)
-        square = tl.sum(c * c, axis=1) - 0.25 * (y.shape[1] - D)
-    codes = rounded.to(tl.int32, bitcast=True)
-    return codes & 255 if BITS == 8 else codes, product / square
-
-
-@triton.jit
-def _fold(x, SHIFT: tl.constexpr):
-    """Pairs in the last dimension -> first + second * 2 ** SHIFT."""
-    low, high = tl.split(x)
-    return low + high * (1 << SHIFT)
-
-
-@triton.jit
-def _get_words(codes, BITS: tl.constexpr, KEY: tl.constexpr):
-    """Codes [TILES * 16, DP] of half a block -> what they add to words of layout v2, int32 [2 * TILES, DP].
-
-    Rows are (jj tile) for keys, (g0 tile) for values; columns are (lane group), lanes being (g t) for keys, (j0 t g12)
-    for values: the order in which threads hold them.  At 8 bits rows begin with i1 for keys and (m1 m0) for values.
-    """
-    TILES: tl.constexpr = codes.shape[0] // 16
-    R: tl.constexpr = codes.shape[1] // 32
-    if KEY:
-        x = tl.reshape(codes, [TILES, 2, 8, R, 2, 2, 4, 2])  # tile i1 g group jj byte1 t byte0
-        if BITS == 8:
-            x = _fold(_fold(tl.permute(x, (1, 4, 0, 2, 6, 3, 5, 7)), 8), 16)
-            x = tl.reshape(x, [4 * TILES, 32 * R])
-        else:
-            x = _fold(_fold(_fold(tl.permute(x, (4, 0, 2, 6, 3, 5, 7, 1)), 4), 8), 16)
-            x = tl.reshape(x, [2 * TILES, 32 * R])
-    else:
-        x = tl.reshape(codes, [TILES, 2, 2, 4, R, 2, 2, 4, 2])  # tile b0 j0 t group m1 m0 g12 g0
-        if BITS == 8:
-            x = tl.reshape(_fold(tl.permute(x, (5, 6, 8, 0, 2, 3, 7, 4, 1)), 8), [8 * TILES, 32 * R])
-        elif BITS >= 3:
-            x = _fold(_fold(_fold(tl.permute(x, (8, 0, 2, 3, 7, 4, 1, 6, 5)), 4), 8), 16)
-            x = tl.reshape(x, [2 * TILES, 32 * R])
-        else:
-            x = _fold(_fold(_fold(tl.permute(x, (8, 0, 2, 3, 7, 4, 6, 1, 5)), 4), 16), BITS)
-            x = tl.reshape(x, [2 * TILES, 32 * R])
-    return x
-
-
-@triton.jit
-def _sum_major(x, KEY: tl.constexpr):
-    """Sum over the major digit of the words, jj or j0, at both places where it was."""
-    if KEY:
-        halves = tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]])
-        total = tl.broadcast_to(tl.sum(halves, axis=0, keep_dims=True), halves.shape)
-    else:
-        halves = tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2])
-        total = tl.broadcast_to(tl.sum(halves, axis=1, keep_dims=True), halves.shape)
-    return tl.reshape(total, x.shape)
-
-
-@triton.jit
-def _put_words(
-    x0, x1, words, tile_stride, left,
-    D: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr,
-):  # fmt: skip
-    """Store the words of a block from its halves (i0 or b1 = 0, 1): tile i < left at words + i * tile_stride."""
-    G: tl.constexpr = D // 32
-    R: tl.constexpr = x0.shape[1] // 32
-    PLANE: tl.constexpr = 32 * G
-    row = tl.arange(0, x0.shape[0])[:, None]
-    column = tl.arange(0, 32 * R)[None, :]
-    tile = row % TILES
-    group = column % R
-    if KEY:
-        lane = column // R
-        major = row // TILES % 2  # jj
-    else:
-        lane = column // R % 4 * 8 + row // TILES % 2 * 4 + column // (4 * R) % 4
-        major = column // (16 * R)  # j0
-    at = words + tile.to(tl.int64) * tile_stride + (lane * G + group)
-    ok = (tile < left) & (group < G)
-    # What the constant of every code adds to a word.
-    SHARES: tl.constexpr = 0x11111111 if BITS >= 3 else (0x55555555 if BITS == 2 else 0xFFFFFFFF)
-    SUM: tl.constexpr = (SHARES * (0x4B000000 + (BITS == 1))) & 0xFFFFFFFF
-    OFFSET: tl.constexpr = SUM - ((SUM >> 31) << 32)
-    FLIP: tl.constexpr = -2139062144 if KEY and BITS > 1 else 0  # 0x80808080
-    if BITS == 8:
-        if KEY:  # planes i1 i0 jj
-            at += (row // (2 * TILES) * 4 + major) * PLANE
-            tl.store(at, x0, mask=ok)
-            tl.store(at + 2 * PLANE, x1, mask=ok)
-        else:  # planes m1 m0 j0
-            at += (row // (2 * TILES) * 2 + major) * PLANE
-            tl.store(at, x0 + x1 * 65536, mask=ok)
-    elif BITS >= 3:
-        x0 -= OFFSET
-        x1 -= OFFSET
-        plane = major * 2
-        if BITS == 3:
-            ONES: tl.constexpr = 0x11111111
-            spare = _sum_major(tl.where(major == 1, x1, 0), KEY)
-            x0 = (x0 << 1) | ((spare >> (2 - plane)) & ONES)
-            x1 = (x1 << 1) | ((spare >> 1) & ONES)
-            if KEY:
-                x0 ^= tl.where(major == 0, 0x10101010, 0)
-        tl.store(at + plane * PLANE, x0 ^ FLIP, mask=ok)
-        tl.store(at + (plane + 1) * PLANE, x1 ^ FLIP, mask=ok & (plane < 2) if BITS == 3 else ok)
-    else:
-        x = x0 + (x1 << BITS if KEY else x1 << 8)
-        if BITS == 2:
-            tl.store(at + major * PLANE, (x - OFFSET) ^ FLIP, mask=ok)
-        else:
-            x = _sum_major(x << (2 * major), KEY)
-            tl.store(at, x - OFFSET, mask=ok & (major == 0))
-
-
-@triton.jit
-def _put_scales(scale0, scale1, unit, scales, scale_stride, order, left):
-    """Store scales float32 [N] of both halves of a block of which `left` tiles exist, times `unit`."""
-    token = order[:, None] + tl.arange(0, 2)[None, :] * 8
-    scale = tl.abs(tl.join(scale0, scale1) * unit)  # negative only where the squares of y overflow
-    scale = tl.where(scale < float("inf"), tl.minimum(scale, 65504.0), float("nan"))
-    at = scales + (token // 32 * scale_stride + token % 32)
-    tl.store(at, scale.to(tl.float16), mask=token // 32 < left)
-
-
-@triton.jit
-def _split(x, OPERAND: tl.constexpr):
-    """float32 x as high part (truncated, so a bf16 x has no remainder) and remainder, both dot operands."""
-    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-    return high.to(tl.bfloat16).to(OPERAND), (x - high).to(tl.bfloat16).to(OPERAND)
-
-
-@triton.jit
-def _map_parts(m, unit, inverse):
-    """m / unit as high part with 8 significant bits (rounded, so +-unit has no remainder) and remainder, float32."""
-    high = ((m * inverse).to(tl.int32, bitcast=True) + 32768 & -65536).to(tl.float32, bitcast=True)
-    return high, (m - high * unit) * inverse
-
-
-@triton.jit
-def _split_map(m, unit, inverse, OPERAND: tl.constexpr):
-    """`_map_parts` as dot operands."""
-    high, low = _map_parts(m, unit, inverse)
-    return high.to(tl.bfloat16).to(OPERAND), low.to(tl.bfloat16).to(OPERAND)
-
-
-@triton.jit
-def _load_map(map, first, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
-    """Rows first .. first + ROWS - 1 of a map, float32 [ROWS, DP], zero beyond D."""
-    rows = first + tl.arange(0, ROWS)
-    columns = tl.arange(0, DP)
-    inside = (rows < D)[:, None] & (columns < D)[None, :]
-    return tl.load(map + rows[:, None] * D + columns[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _arrange(m, KEY: tl.constexpr):
-    """The columns of a map in the order of the product's: values have their dims in order, (group m1 m0 g12 g0), keys
-    (group jj byte1 t byte0).
-
-    Bits 1 and 2 of a column are lanes of a warp, the others are registers.
-    """
-    if KEY:
-        m = tl.permute(tl.reshape(m, [m.shape[0], m.shape[1] // 16, 4, 2, 2]), (0, 1, 3, 2, 4))
-        m = tl.reshape(m, [m.shape[0], m.shape[1] * 16])
-    return m
-
-
-@triton.jit
-def _largest(x):
-    return tl.max(tl.reshape(tl.abs(x), [x.shape[0] * x.shape[1]]), axis=0)
-
-
-@triton.jit
-def _load_rows(rows, ok, first, D: tl.constexpr, K: tl.constexpr):
-    """Dims first .. first + K - 1 of the vectors at pointers rows [N], zero where not ok."""
-    dims = first + tl.arange(0, K)
-    return tl.load(rows[:, None] + dims[None, :], mask=ok[:, None] & (dims < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -248,57 +27,6 @@ def _prefetch(rows, ok, D: tl.constexpr):
             "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
             [(rows + i * LINE).to(tl.int64), ok.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
-
-
-@triton.jit
-def _mapped(
-    rows, ok, map, shift,
-    D: tl.constexpr, DP: tl.constexpr, KEY: tl.constexpr, KC: tl.constexpr, OPERAND: tl.constexpr,
-):  # fmt: skip
-    """y [N, DP] = (rows - shift) @ map, zero where not ok, columns as `_arrange`d; KC rows of the map at a time."""
-    y = tl.zeros([rows.shape[0], DP], tl.float32)
-    for first in range(0, DP, KC):
-        x = _load_rows(rows, ok, first, D, KC)
-        offset = tl.load(shift + first + tl.arange(0, KC), mask=first + tl.arange(0, KC) < D, other=0.0)
-        delta = tl.where(ok[:, None], x.to(tl.float32) - offset[None, :], 0.0)
-        x_high, x_low = _split(delta, OPERAND)
-        m_high, m_low = _split_map(_arrange(_load_map(map, first, D, DP, KC), KEY), 1.0, 1.0, OPERAND)
-        y = tl.dot(x_low, m_high, y, input_precision="ieee")
-        y = tl.dot(x_high, m_low, y, input_precision="ieee")
-        y = tl.dot(x_high, m_high, y, input_precision="ieee")
-    return y
-
-
-@triton.jit
-def _shift_rows(shifted, OPERAND: tl.constexpr):
-    """Minus shifted float32 [DP] as three bf16 numbers below each other, the first rows of an operand [16, DP]."""
-    high, _rest = _split(-shifted, tl.float32)
-    middle, low = _split(-shifted - high, tl.float32)
-    row = tl.arange(0, 16)[:, None]
-    rows = tl.where(row == 0, high[None, :], tl.where(row == 1, middle[None, :], low[None, :]))
-    return tl.where(row < 3, rows, 0.0).to(tl.bfloat16).to(OPERAND)
-
-
-@triton.jit
-def _minus_shift(ok, shift_rows, OPERAND: tl.constexpr):
-    """Minus the mapped shift where ok [N], float32 [N, DP]: a product, since to add it would take 64 registers."""
-    ones = tl.where(ok[:, None] & (tl.arange(0, 16) < 3)[None, :], 1.0, 0.0)
-    return tl.dot(ones.to(tl.bfloat16).to(OPERAND), shift_rows, input_precision="ieee")
-
-
-@triton.jit
-def _times_map(x, m_high, m_low, map_has_low, OPERAND: tl.constexpr):
-    """x @ (m_high + m_low) float32; x in any type."""
-    if x.dtype == tl.bfloat16:
-        x_high = x.to(OPERAND)
-    else:
-        x_high, x_low = _split(x.to(tl.float32), OPERAND)
-    y = tl.dot(x_high, m_high, input_precision="ieee")
-    if x.dtype != tl.bfloat16:
-        y = tl.dot(x_low, m_high, y, input_precision="ieee")
-    if map_has_low:
-        y = tl.dot(x_high, m_low, y, input_precision="ieee")
-    return y
 
 
 @triton.jit
@@ -358,7 +86,7 @@ def encode_kernel(
     first = tl.program_id(1) * blocks
     last = tl.minimum(first + blocks, (count + TILES - 1) // TILES)
     if first < last:
-        order = _tokens(TILES, KEY)
+        order = token_order(TILES, KEY)
         if AHEAD:  # while the map is prepared
             early = first * (TILES * 32) + tl.arange(0, AHEAD)
             if RING:
@@ -377,25 +105,25 @@ def encode_kernel(
             unit = tl.where((top > 0) & (least == top), top, 1.0)
             inverse = 1.0 / unit
             if WHOLE:
-                high, low = _map_parts(_arrange(_load_map(map, 0, D, DP, DP), KEY), unit, inverse)
-                map_has_low = _largest(low) > 0
+                high, low = map_parts(arrange(load_map(map, 0, D, DP, DP), KEY), unit, inverse)
+                map_has_low = largest(low) > 0
                 m_high, m_low = high.to(tl.bfloat16).to(OPERAND), low.to(tl.bfloat16).to(OPERAND)
             else:
                 remainder = 0.0
                 for k in range(0, DP, KC):
-                    _high, low = _map_parts(_load_map(map, k, D, DP, KC), unit, inverse)
-                    remainder = tl.maximum(remainder, _largest(low))
+                    _high, low = map_parts(load_map(map, k, D, DP, KC), unit, inverse)
+                    remainder = tl.maximum(remainder, largest(low))
                 map_has_low = remainder > 0
-                m_high, _low = _split_map(_arrange(_load_map(map, 0, D, DP, 128), KEY), unit, inverse, OPERAND)
-                m2_high, _low2 = _split_map(_arrange(_load_map(map, 128, D, DP, 128), KEY), unit, inverse, OPERAND)
+                m_high, _low = map_operands(arrange(load_map(map, 0, D, DP, 128), KEY), unit, inverse, OPERAND)
+                m2_high, _low2 = map_operands(arrange(load_map(map, 128, D, DP, 128), KEY), unit, inverse, OPERAND)
             shifted = tl.zeros([DP], tl.float32)
             if has_shift:
                 for k in range(0, DP, KC):
-                    k_high, k_low = _split_map(_arrange(_load_map(map, k, D, DP, KC), KEY), unit, inverse, OPERAND)
+                    k_high, k_low = map_operands(arrange(load_map(map, k, D, DP, KC), KEY), unit, inverse, OPERAND)
                     part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
                     shifted += tl.sum(part[:, None] * (k_high.to(tl.float32) + k_low.to(tl.float32)), axis=0)
             if SPLIT:
-                minus = _shift_rows(shifted, OPERAND)
+                minus = shift_operand(shifted, OPERAND)
         # Blocks begin .. end - 1 are whole and all in x; those before and after them need masks or the ring.
         begin = last
         end = last
@@ -410,7 +138,7 @@ def encode_kernel(
             if map_has_low:
                 begin = last
                 end = last
-        words0 = _get_words(tl.zeros([TILES * 16, DP], tl.int32), BITS, KEY)
+        words0 = get_words(tl.zeros([TILES * 16, DP], tl.int32), BITS, KEY)
         scale0 = tl.zeros([TILES * 16], tl.float32)
         for i in tl.range(2 * first, 2 * (last - end + begin), num_stages=1):
             half = tl.where(i < 2 * begin, i, i + 2 * (end - begin))
@@ -427,26 +155,26 @@ def encode_kernel(
             else:
                 ok = token < n - tile * 32
             if WHOLE:
-                y = _times_map(_load_rows(rows, ok, 0, D, DP), m_high, m_low, map_has_low, OPERAND)
+                y = times_map(load_rows(rows, ok, 0, D, DP), m_high, m_low, map_has_low, OPERAND)
                 if has_shift:
                     y -= tl.where(ok, 1.0, 0.0)[:, None] * shifted[None, :]
             elif SPLIT:
-                y = _minus_shift(ok, minus, OPERAND)
-                y = tl.dot(_load_rows(rows, ok, 0, D, 128).to(OPERAND), m_high, y, input_precision="ieee")
-                y = tl.dot(_load_rows(rows, ok, 128, D, 128).to(OPERAND), m2_high, y, input_precision="ieee")
+                y = minus_shift(ok, minus, OPERAND)
+                y = tl.dot(load_rows(rows, ok, 0, D, 128).to(OPERAND), m_high, y, input_precision="ieee")
+                y = tl.dot(load_rows(rows, ok, 128, D, 128).to(OPERAND), m2_high, y, input_precision="ieee")
                 if map_has_low:
                     for k in range(0, DP, KC):
-                        chunk = _load_rows(rows, ok, k, D, KC)
-                        _high, rest = _split_map(_arrange(_load_map(map, k, D, DP, KC), KEY), unit, inverse, OPERAND)
+                        chunk = load_rows(rows, ok, k, D, KC)
+                        _high, rest = map_operands(arrange(load_map(map, k, D, DP, KC), KEY), unit, inverse, OPERAND)
                         y = tl.dot(chunk.to(OPERAND), rest, y, input_precision="ieee")
             else:
-                y = _mapped(rows, ok, map, shift, D, DP, KEY, KC, OPERAND)
-            codes, scale1 = _quantize(y, D, BITS, STEP, FUSED)
-            words1 = _get_words(codes, BITS, KEY)
+                y = mapped(rows, ok, map, shift, D, DP, KEY, KC, OPERAND)
+            codes, scale1 = quantize(y, D, BITS, STEP, FUSED)
+            words1 = get_words(codes, BITS, KEY)
             if half % 2 == 1:
                 at = tile.to(tl.int64)
-                _put_words(words0, words1, words + at * w_st, w_st, left, D, TILES, BITS, KEY)
-                _put_scales(scale0, scale1, unit, scales + at * s_st, s_st, order, left)
+                put_words(words0, words1, words + at * w_st, w_st, left, D, TILES, BITS, KEY)
+                put_scales(scale0, scale1, unit, scales + at * s_st, s_st, order, left)
             words0 = words1
             scale0 = scale1
         if WHOLE or SPLIT:
@@ -456,19 +184,19 @@ def encode_kernel(
                 tile = half // 2 * TILES
                 here = rows + (tile * 32 + half % 2 * 8).to(tl.int64) * x_sn
                 if WHOLE:
-                    y = _times_map(_load_rows(here, always, 0, D, DP), m_high, m_low, map_has_low, OPERAND)
+                    y = times_map(load_rows(here, always, 0, D, DP), m_high, m_low, map_has_low, OPERAND)
                     if has_shift:
                         y -= shifted[None, :]
                 else:
-                    y = _minus_shift(always, minus, OPERAND)
-                    y = tl.dot(_load_rows(here, always, 0, D, 128).to(OPERAND), m_high, y, input_precision="ieee")
-                    y = tl.dot(_load_rows(here, always, 128, D, 128).to(OPERAND), m2_high, y, input_precision="ieee")
-                codes, scale1 = _quantize(y, D, BITS, STEP, FUSED)
-                words1 = _get_words(codes, BITS, KEY)
+                    y = minus_shift(always, minus, OPERAND)
+                    y = tl.dot(load_rows(here, always, 0, D, 128).to(OPERAND), m_high, y, input_precision="ieee")
+                    y = tl.dot(load_rows(here, always, 128, D, 128).to(OPERAND), m2_high, y, input_precision="ieee")
+                codes, scale1 = quantize(y, D, BITS, STEP, FUSED)
+                words1 = get_words(codes, BITS, KEY)
                 if half % 2 == 1:
                     at = tile.to(tl.int64)
-                    _put_words(words0, words1, words + at * w_st, w_st, TILES, D, TILES, BITS, KEY)
-                    _put_scales(scale0, scale1, unit, scales + at * s_st, s_st, order, TILES)
+                    put_words(words0, words1, words + at * w_st, w_st, TILES, D, TILES, BITS, KEY)
+                    put_scales(scale0, scale1, unit, scales + at * s_st, s_st, order, TILES)
                 words0 = words1
                 scale0 = scale1
 
@@ -534,20 +262,20 @@ def _step_side(
     if (new > old) & (old // 32 < tiles):
         # Rows are (half, row of a half).
         row = tl.arange(0, 32)
-        token = tl.reshape(tl.broadcast_to(_tokens(1, KEY)[None, :], [2, 16]), [32]) + row // 16 * 8
+        token = tl.reshape(tl.broadcast_to(token_order(1, KEY)[None, :], [2, 16]), [32]) + row // 16 * 8
         t = sinks + old + token
         kept = t < before
         rows = tl.where(kept, ring + (old + token) % capacity * r_sn, x + (t - before + skip) * x_sn)
-        y = _mapped(rows, token < 32, map, shift, D, DP, KEY, KC, OPERAND)
-        codes, scale = _quantize(y, D, BITS, STEP, OPERAND == tl.bfloat16)
+        y = mapped(rows, token < 32, map, shift, D, DP, KEY, KC, OPERAND)
+        codes, scale = quantize(y, D, BITS, STEP, OPERAND == tl.bfloat16)
         codes0, codes1 = tl.split(tl.permute(tl.reshape(codes, [2, 16, DP]), (1, 2, 0)))
         scale0, scale1 = tl.split(tl.permute(tl.reshape(scale, [2, 16]), (1, 0)))
         tile = old // 32
-        _put_words(
-            _get_words(codes0, BITS, KEY), _get_words(codes1, BITS, KEY), words + tile * w_st, w_st, 1,
+        put_words(
+            get_words(codes0, BITS, KEY), get_words(codes1, BITS, KEY), words + tile * w_st, w_st, 1,
             D, 1, BITS, KEY,
         )  # fmt: skip
-        _put_scales(scale0, scale1, 1.0, scales + tile * s_st, s_st, _tokens(1, KEY), 1)
+        put_scales(scale0, scale1, 1.0, scales + tile * s_st, s_st, token_order(1, KEY), 1)
 
 
 @triton.jit(do_not_specialize=["k_tiles", "v_tiles"])
@@ -603,7 +331,7 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _padded(dim: int) -> int:
+def padded_dim(dim: int) -> int:
     return max(32, triton.next_power_of_2(dim))
 
 
@@ -612,7 +340,7 @@ def launch_options(dim: int, shared: int) -> dict[str, int]:
     options = {"TILES": 4, "KC": 32, "num_warps": 4 if shared >= WIDE else 8, "HALVES": False}
     if dim > 128:
         return {**options, "HALVES": dim == 256 and shared >= 160, "num_stages": 2 if shared >= WIDE else 1}
-    return {**options, "num_stages": 3 if dim == _padded(dim) else 2}
+    return {**options, "num_stages": 3 if dim == padded_dim(dim) else 2}
 
 
 def shared_kib(device: torch.device) -> int:
@@ -636,7 +364,7 @@ def _encode_many(x, ring, codes, scales, map, shift, length, start, tiles, sinks
         *x.stride()[:3], *(ring.stride()[:3] if ring is not None else (0, 0, 0)), *words.stride()[:3],
         *scales.stride()[:3],
         heads, n, codes.shape[2], ring.shape[2] if ring is not None else 1, sinks, window, per_program,
-        D=dim, DP=_padded(dim), BITS=book.bits, KEY=key, STEP=book.step, RING=ring is not None,
+        D=dim, DP=padded_dim(dim), BITS=book.bits, KEY=key, STEP=book.step, RING=ring is not None,
         AHEAD=256 if x.is_cuda and torch.version.hip is None else 0, OPERAND=_operand(), **options,
     )  # fmt: skip
 
@@ -694,7 +422,7 @@ def append_(
         )
     k, v = _unit_stride(k), _unit_stride(v)
     maps = [m.contiguous() for m in (key_map, key_shift, value_map, value_shift)]
-    padded = _padded(dim)
+    padded = padded_dim(dim)
     if q <= STEP_TOKENS:
         k_words, v_words = _words(k_codes, k_scales), _words(v_codes, v_scales)
         step_kernel[(batch * heads, 2)](

@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .encode import WIDE, _load_map, _padded, _split, _split_map, shared_kib
+from .encode import WIDE, padded_dim, shared_kib
+from .mapped import load_map, map_operands, two_parts
 
 LOG2E = 1.4426950408889634
 
@@ -56,8 +57,8 @@ def rotate_kernel(
         x = tl.load(q + row[:, None] * q_sn + dims[None, :] * q_sd, mask=ok[:, None] & (dims < D)[None, :], other=0.0)
         x = x.to(tl.float32)
         shifted += tl.sum(x * tl.load(key_shift + h * D + dims, mask=dims < D, other=0.0)[None, :], axis=1)
-        x_high, x_low = _split(x, OPERAND)
-        m_high, m_low = _split_map(_load_map(query_map + h * D * D, first, D, DP, KC), 1.0, 1.0, OPERAND)
+        x_high, x_low = two_parts(x, OPERAND)
+        m_high, m_low = map_operands(load_map(query_map + h * D * D, first, D, DP, KC), 1.0, 1.0, OPERAND)
         y = tl.dot(x_low, m_high, y, input_precision="ieee")
         y = tl.dot(x_high, m_low, y, input_precision="ieee")
         y = tl.dot(x_high, m_high, y, input_precision="ieee")
@@ -412,8 +413,8 @@ def merge_kernel(
             weight = tl.exp2(tl.load(lse_packed + s * split + at, mask=ok, other=float("-inf")) - top) * share
             part = tl.load(o_packed + (s * split + at)[:, None] * D + chunk[None, :], mask=ok_chunk, other=0.0)
             x += part * weight[:, None]
-        x_high, x_low = _split(x, OPERAND)
-        m_high, m_low = _split_map(_load_map(output_map + h * D * D, first, D, DP, KC), 1.0, 1.0, OPERAND)
+        x_high, x_low = two_parts(x, OPERAND)
+        m_high, m_low = map_operands(load_map(output_map + h * D * D, first, D, DP, KC), 1.0, 1.0, OPERAND)
         o = tl.dot(x_low, m_high, o, input_precision="ieee")
         o = tl.dot(x_high, m_low, o, input_precision="ieee")
         o = tl.dot(x_high, m_high, o, input_precision="ieee")
@@ -491,7 +492,7 @@ def launch_options(dim: int, rows: int, dtype: torch.dtype, shared: int) -> dict
 
     shared: KiB of shared memory in a multiprocessor.
     """
-    padded, wide = _padded(dim), shared >= WIDE
+    padded, wide = padded_dim(dim), shared >= WIDE
     m = min(128, max(16, triton.next_power_of_2(rows)))
     if dtype == torch.float32:
         block = {"M": 16, "num_warps": 4, "num_stages": 1}
@@ -535,7 +536,7 @@ def extend_attention(
     k_bits, v_bits = key_book.bits, value_book.bits
     precision = "tf32x3" if q.dtype == torch.float32 and not interpreted else "ieee"
     split_operand = tl.float32 if interpreted else tl.bfloat16
-    padded = _padded(dim)
+    padded = padded_dim(dim)
     options = launch_options(dim, group * q_len, q.dtype, shared_kib(q.device))
     k_words, v_words = k_codes.view(torch.int32), v_codes.view(torch.int32)
     query_map, output_map = query_map.contiguous(), output_map.contiguous()

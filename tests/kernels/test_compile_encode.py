@@ -75,7 +75,7 @@ def _compile(case: dict):
 
     dim, (k_bits, v_bits), arch = case["dim"], case["bits"], case["arch"]
     key, value = codebook(k_bits), codebook(v_bits)
-    constants = {"D": dim, "DP": encode._padded(dim), "OPERAND": tl.bfloat16, "KC": 32}
+    constants = {"D": dim, "DP": encode.padded_dim(dim), "OPERAND": tl.bfloat16, "KC": 32}
     options = {"num_warps": 4, "num_stages": 1}
     optional = ()
     if case["kernel"] in ("encode", "step", "write"):
@@ -150,7 +150,7 @@ def _report(case: dict) -> dict:
         from tq_ao.kernels import extend_attention
 
         options = extend_attention.launch_options(case["dim"], 4096, torch.bfloat16, SHARED[case["arch"]])["packed"]
-        count["level_pairs"] = 2 * options["TILES"] * extend_attention._padded(case["dim"]) // options["num_warps"]
+        count["level_pairs"] = 2 * options["TILES"] * extend_attention.padded_dim(case["dim"]) // options["num_warps"]
     return case | count | {"shared": compiled.metadata.shared, "instructions": sass.count(";")}
 
 

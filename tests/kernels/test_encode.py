@@ -18,6 +18,7 @@ from tq_ao.rotation import rotation_maps, rotations
 triton = pytest.importorskip("triton")  # exists on Linux only
 tl = triton.language
 triton_encode = pytest.importorskip("tq_ao.kernels.encode")
+pack = pytest.importorskip("tq_ao.kernels.pack")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # the interpreter's: overflow of 1e30
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,7 +71,7 @@ def quantize_kernel(
     y, codes, scales, N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, FUSED: tl.constexpr
 ):
     at = tl.arange(0, N)[:, None] * D + tl.arange(0, D)[None, :]
-    code, scale = triton_encode._quantize(tl.load(y + at), D, BITS, STEP, FUSED)
+    code, scale = pack.quantize(tl.load(y + at), D, BITS, STEP, FUSED)
     tl.store(codes + at, code.to(tl.uint8))
     tl.store(scales + tl.arange(0, N), scale)
 

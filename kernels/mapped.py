@@ -1,0 +1,105 @@
+"""Rows times a map on tensor cores, in bf16 parts.
+
+Two parts (high + remainder, 17 bits) make a number: map = m_hi + m_lo, and x = x_hi + x_lo unless x is bf16 already;
+x_lo m_lo is left out.  A remainder that is all zero is skipped at run time: maps of the cache are bf16 numbers
+(`rotation.in_one_part`), or +-c as a randomised Hadamard matrix, which is divided by c first.  Under the Triton
+interpreter, whose bf16 product is wrong, the same parts are multiplied as float32 (OPERAND).
+"""
+
+import triton
+import triton.language as tl
+
+from .pack import arrange
+
+
+@triton.jit
+def two_parts(x, OPERAND: tl.constexpr):
+    """float32 x as high part (truncated, so a bf16 x has no remainder) and remainder, both dot operands."""
+    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16).to(OPERAND), (x - high).to(tl.bfloat16).to(OPERAND)
+
+
+@triton.jit
+def map_parts(m, unit, inverse):
+    """m / unit as high part with 8 significant bits (rounded, so +-unit has no remainder) and remainder, float32."""
+    high = ((m * inverse).to(tl.int32, bitcast=True) + 32768 & -65536).to(tl.float32, bitcast=True)
+    return high, (m - high * unit) * inverse
+
+
+@triton.jit
+def map_operands(m, unit, inverse, OPERAND: tl.constexpr):
+    """`map_parts` as dot operands."""
+    high, low = map_parts(m, unit, inverse)
+    return high.to(tl.bfloat16).to(OPERAND), low.to(tl.bfloat16).to(OPERAND)
+
+
+@triton.jit
+def load_map(map, first, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
+    """Rows first .. first + ROWS - 1 of a map, float32 [ROWS, DP], zero beyond D."""
+    rows = first + tl.arange(0, ROWS)
+    columns = tl.arange(0, DP)
+    inside = (rows < D)[:, None] & (columns < D)[None, :]
+    return tl.load(map + rows[:, None] * D + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def largest(x):
+    return tl.max(tl.reshape(tl.abs(x), [x.shape[0] * x.shape[1]]), axis=0)
+
+
+@triton.jit
+def load_rows(rows, ok, first, D: tl.constexpr, K: tl.constexpr):
+    """Dims first .. first + K - 1 of the vectors at pointers rows [N], zero where not ok."""
+    dims = first + tl.arange(0, K)
+    return tl.load(rows[:, None] + dims[None, :], mask=ok[:, None] & (dims < D)[None, :], other=0.0)
+
+
+@triton.jit
+def shift_operand(shifted, OPERAND: tl.constexpr):
+    """Minus shifted float32 [DP] as three bf16 numbers below each other, the first rows of an operand [16, DP]."""
+    high, _rest = two_parts(-shifted, tl.float32)
+    middle, low = two_parts(-shifted - high, tl.float32)
+    row = tl.arange(0, 16)[:, None]
+    rows = tl.where(row == 0, high[None, :], tl.where(row == 1, middle[None, :], low[None, :]))
+    return tl.where(row < 3, rows, 0.0).to(tl.bfloat16).to(OPERAND)
+
+
+@triton.jit
+def minus_shift(ok, shift, OPERAND: tl.constexpr):
+    """Minus the mapped shift where ok [N], float32 [N, DP]: a product, since to add it would take 64 registers."""
+    ones = tl.where(ok[:, None] & (tl.arange(0, 16) < 3)[None, :], 1.0, 0.0)
+    return tl.dot(ones.to(tl.bfloat16).to(OPERAND), shift, input_precision="ieee")
+
+
+@triton.jit
+def times_map(x, m_high, m_low, map_has_low, OPERAND: tl.constexpr):
+    """x @ (m_high + m_low) float32; x in any type."""
+    if x.dtype == tl.bfloat16:
+        x_high = x.to(OPERAND)
+    else:
+        x_high, x_low = two_parts(x.to(tl.float32), OPERAND)
+    y = tl.dot(x_high, m_high, input_precision="ieee")
+    if x.dtype != tl.bfloat16:
+        y = tl.dot(x_low, m_high, y, input_precision="ieee")
+    if map_has_low:
+        y = tl.dot(x_high, m_low, y, input_precision="ieee")
+    return y
+
+
+@triton.jit
+def mapped(
+    rows, ok, map, shift,
+    D: tl.constexpr, DP: tl.constexpr, KEY: tl.constexpr, KC: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """y [N, DP] = (rows - shift) @ map, zero where not ok, columns as `arrange`d; KC rows of the map at a time."""
+    y = tl.zeros([rows.shape[0], DP], tl.float32)
+    for first in range(0, DP, KC):
+        x = load_rows(rows, ok, first, D, KC)
+        offset = tl.load(shift + first + tl.arange(0, KC), mask=first + tl.arange(0, KC) < D, other=0.0)
+        delta = tl.where(ok[:, None], x.to(tl.float32) - offset[None, :], 0.0)
+        x_high, x_low = two_parts(delta, OPERAND)
+        m_high, m_low = map_operands(arrange(load_map(map, first, D, DP, KC), KEY), 1.0, 1.0, OPERAND)
+        y = tl.dot(x_low, m_high, y, input_precision="ieee")
+        y = tl.dot(x_high, m_low, y, input_precision="ieee")
+        y = tl.dot(x_high, m_high, y, input_precision="ieee")
+    return y

@@ -52,12 +52,12 @@ def _flash_attention_3(package, q: torch.Tensor, kv: torch.Tensor) -> Call:  # t
 
 
 def _flashinfer(package, q: torch.Tensor, kv: torch.Tensor) -> Call:  # type: ignore[no-untyped-def]
-    """Its batch decode over pages in order, with tensor cores where query heads share a KV head."""
+    """Its batch decode over pages in order, on tensor cores."""
     _, batch, heads, tokens, dim = kv.shape
     pages = kv.unflatten(3, (-1, PAGE)).permute(1, 3, 0, 2, 4, 5).flatten(0, 1).contiguous()  # [pages, 2, H, PAGE, D]
-    group, each = q.shape[1] // heads, tokens // PAGE
+    each = tokens // PAGE
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=q.device)
-    wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=group > 1)
+    wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
     first = torch.arange(0, batch * each + 1, each, dtype=torch.int32, device=q.device)
     index = torch.arange(batch * each, dtype=torch.int32, device=q.device)
     last = torch.full((batch,), PAGE, dtype=torch.int32, device=q.device)

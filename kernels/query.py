@@ -17,7 +17,7 @@ once that has: they wait where they need the queries.
 import triton
 import triton.language as tl
 
-from .encode import _split_map
+from .mapped import map_operands
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _prepare(
         x = tl.load(p_q + inner[None, :], mask=live[:, None] & (inner < D)[None, :], other=0.0).to(tl.float32)
         slice = tl.load(p_map + inner[:, None] * D + column[None, :], mask=(inner < D)[:, None], other=0.0)
         if q.dtype.element_ty == tl.bfloat16:  # exact queries, the map in two parts: 17 bits
-            m_high, m_low = _split_map(slice, 1.0, 1.0, OPERAND)
+            m_high, m_low = map_operands(slice, 1.0, 1.0, OPERAND)
             y = tl.dot(x.to(OPERAND), m_low, y, input_precision="ieee")
             y = tl.dot(x.to(OPERAND), m_high, y, input_precision="ieee")
         else:

@@ -1,4 +1,4 @@
-"""The README's tables say what the committed result files say."""
+"""The tables of the README and of docs/kernels.md say what the committed result files say."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+KERNELS = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 METHODS = {
     "the same, even levels": "uniform, plain",
     "25/50/25 by weight MSE": "25/50/25 by k_proj weight MSE",
@@ -15,8 +16,8 @@ METHODS = {
 }
 
 
-def section(name: str) -> list[str]:
-    return re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", README, re.S)[1].strip().splitlines()
+def section(name: str, document: str = README) -> list[str]:
+    return re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", document, re.S)[1].strip().splitlines()
 
 
 def test_attention_table():
@@ -47,3 +48,21 @@ def test_converted_table():
         assert chosen == f"{report['kl']:.5f} ± {report['kl_stderr']:.5f}"
         assert uniform == f"{base['kl']:.5f} ± {base['kl_stderr']:.5f}"
         assert perplexity == f"{report['ppl_before']:.3f}, {report['ppl_after']:.3f}"
+
+
+def test_prefill_tables():
+    result = json.loads((ROOT / "benchmarks" / "results" / "prefill_h100.json").read_text())
+    sides: dict[str, list[dict]] = {}
+    for row in result["encode"]:
+        sides.setdefault(f"D {row['head_dim']}, {row['bits']} bits, {row['map']}", []).append(row)
+    want = [
+        f"| {what} | {k['us_median']:.1f} / {v['us_median']:.1f} | "
+        f"{k['percent_of_copy']:.0f} / {v['percent_of_copy']:.0f} % |"
+        for what, (k, v) in sides.items()
+    ]
+    want += [
+        f"| {row['q_len']} queries over {row['length']} tokens | {row['us_median']:.1f} | "
+        f"{row['flash_us_median']:.1f} | {row['times_of_flash']:.2f} | {row['rel_error']:.1e} |"
+        for row in result["extend"]
+    ]
+    assert [line for line in section("prefill", KERNELS) if line.startswith(("| D ", "| 1", "| 4"))] == want

@@ -57,6 +57,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--sinks", type=int, help="first tokens kept exact; default 4")
     p.add_argument("--calibration", help="calibration and verification text: enwiki or a text file; default enwiki")
     p.add_argument("--calibration-windows", type=int, help="windows of text to choose on; default 6")
+    p.add_argument("--recall-windows", type=int, help="windows of recall text to choose on besides; default 3")
     p.add_argument("--verification-windows", type=int, help="windows of held-out text to measure on; default 3")
     p.add_argument("--max-seq-length", type=int, help="tokens per window; default 2048")
     p.add_argument("--seed", type=int, help="of rotations, text split and sampling; default 0")
@@ -91,6 +92,8 @@ def settings(args: argparse.Namespace) -> recipe.Recipe:
         changes["schedule"] = args.schedule if args.schedule in ("auto", "uniform") else schedule_file(args.schedule)
     for name, count in (("calibration", args.calibration_windows), ("verification", args.verification_windows)):
         text = {"source": args.calibration, "windows": count, "length": args.max_seq_length}
+        if name == "calibration":
+            text["recall"] = args.recall_windows
         changes[name] = replace(getattr(base, name), **{k: v for k, v in text.items() if v is not None})
     return replace(base, **changes)
 

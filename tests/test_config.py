@@ -88,3 +88,15 @@ def test_uniform_widths():
     with pytest.raises(ValueError, match="use schedule auto"):
         Recipe("x", schedule="uniform", bits=2.25)
     assert from_mapping({"model": "x", "verification": {"windows": 1}}).verification == Text("enwiki", 1, 2048)
+
+
+def test_recall_windows_belong_to_calibration(tmp_path):
+    assert from_mapping({"model": "x", "calibration": {"windows": 4}}).calibration == Text(windows=4, recall=3)
+    recipe = Recipe("x", calibration=Text(recall=7))
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    assert load(tmp_path / "r.yaml") == recipe and recipe.verification.recall == 0
+    for wrong in (-1, 1.5, True, "2"):
+        with pytest.raises(ValueError, match=f"expected recall to be a number of windows, 0 or more, got {wrong!r}"):
+            from_mapping({"model": "x", "calibration": {"recall": wrong}})
+    with pytest.raises(ValueError, match="expected no recall windows in verification, got 2"):
+        from_mapping({"model": "x", "verification": {"recall": 2}})

@@ -31,6 +31,7 @@ from tq_ao.evaluation.decode_kl import evaluate_caches, prove_packed
 from tq_ao.model_card import model_card
 from tq_ao.models import ResolvedModel, resolve
 from tq_ao.quantizer import TurboQuantQuantizationConfig
+from tq_ao.recall import recall_windows
 from tq_ao.recipe import Recipe
 from tq_ao.rotation import LayerMaps, MapSource
 from tq_ao.text import articles, split_articles, windows
@@ -48,6 +49,7 @@ class Conversion:
         source: the resolved model.  folder: its files on this machine.
         model, tokenizer: loaded.
         schedule: layer -> (k_bits, v_bits).  maps: layer -> calibrated maps, or None.
+        calibration, verification: int64 [n, N] windows.  recall: int64 [m, N] windows to calibrate on besides.
         report: everything measured, as written to JSON.
     """
 
@@ -57,6 +59,7 @@ class Conversion:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     calibration: torch.Tensor
+    recall: torch.Tensor
     verification: torch.Tensor
     schedule: dict[int, tuple[int, int]] = field(default_factory=dict)
     maps: dict[int, LayerMaps] | None = None
@@ -142,6 +145,8 @@ def load(
     else:
         for_calibration, for_verification = text, articles(recipe.verification.source)
     calibration = windows(tokenizer, for_calibration, recipe.calibration.length, recipe.calibration.windows)
+    recalls = recipe.calibration.recall if recipe.schedule == "auto" else 0
+    recall = recall_windows(tokenizer, for_calibration, recipe.calibration.length, recalls, recipe.seed)
     verification = windows(tokenizer, for_verification, recipe.verification.length, recipe.verification.windows)
     if recipe.verification.length <= recipe.window + recipe.sinks + 32:
         raise TextError(
@@ -164,7 +169,7 @@ def load(
                 f"the download of {source.path_or_id} broke off ({type(error).__name__}: {reason}); run again to go on"
             ) from error
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).to(device).eval()
-    return Conversion(recipe, source, folder, model, tokenizer, calibration, verification)
+    return Conversion(recipe, source, folder, model, tokenizer, calibration, recall, verification)
 
 
 def without_cache_schedule(config: PreTrainedConfig) -> None:
@@ -202,7 +207,7 @@ def choose(job: Conversion, *, journal: Path | None = None, progress: bool = Fal
         source, heads = MapSource(recipe.rotation, recipe.seed), config.num_key_value_heads
         plain = {i: source(i, heads, head_dim(config), torch.device("cpu")) for i in layers}
         result = calibrate(
-            job.model, job.calibration, plain, bits=recipe.bits, limits=recipe.limits,
+            job.model, job.calibration, plain, recall=job.recall, bits=recipe.bits, limits=recipe.limits,
             window=recipe.window, sinks=recipe.sinks,
             maps="auto" if recipe.maps == "auto" else "plain", seed=recipe.seed,
             journal=journal, progress=progress, report=say,

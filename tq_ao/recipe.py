@@ -19,11 +19,15 @@ from tq_ao.config import LayerScheme, TurboQuantConfig
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of text: `source` is "enwiki" or a file, `windows` of them, `length` tokens each."""
+    """Windows of text: `source` is "enwiki" or a file, `windows` of them, `length` tokens each.
+
+    `recall` windows besides are made from the text (see `tq_ao.recall`); only calibration has them.
+    """
 
     source: str = "enwiki"
     windows: int = 6
     length: int = 2048
+    recall: int = 0
 
     def __post_init__(self) -> None:
         if self.windows < 1 or self.length < 256:
@@ -31,6 +35,8 @@ class Text:
                 f"expected windows >= 1 and length >= 256, got {self.windows} and {self.length}; "
                 "shorter text never leaves the window"
             )
+        if not isinstance(self.recall, int) or isinstance(self.recall, bool) or self.recall < 0:
+            raise ValueError(f"expected recall to be a number of windows, 0 or more, got {self.recall!r}")
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Recipe:
     sinks: int = 4
     rotation: str = "hadamard"
     seed: int = 0
-    calibration: Text = field(default_factory=Text)
+    calibration: Text = field(default_factory=lambda: Text(recall=3))
     verification: Text = field(default_factory=lambda: Text(windows=3))
 
     def __post_init__(self) -> None:
@@ -74,6 +80,10 @@ class Recipe:
         if not 1 <= self.bits <= 8:
             raise ValueError(
                 f"expected bits between 1 and 8, got {self.bits}; widths are {BITS} and a schedule averages them"
+            )
+        if self.verification.recall:
+            raise ValueError(
+                f"expected no recall windows in verification, got {self.verification.recall}; it is ordinary text"
             )
         for name, limit in self.limits.items():
             if not _is_positive(limit):

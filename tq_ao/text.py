@@ -95,8 +95,7 @@ def windows(tokenizer: "PreTrainedTokenizerBase", articles: list[str], length: i
     """
     if length < 2 or count < 1:
         raise ValueError(f"expected length >= 2 and count >= 1, got length {length}, count {count}")
-    bos = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
-    stream = [token for ids in _token_ids(tokenizer, articles) for token in ids]
+    bos, stream = beginning(tokenizer), token_stream(tokenizer, articles)
     step = length - len(bos)
     available = len(stream) // step
     if available < count:
@@ -108,13 +107,16 @@ def windows(tokenizer: "PreTrainedTokenizerBase", articles: list[str], length: i
     return torch.tensor([bos + stream[start : start + step] for start in starts], dtype=torch.int64)
 
 
-def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+def beginning(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The token texts begin with, if the tokenizer gives them one."""
+    adds = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return [tokenizer.bos_token_id] if adds else []
 
 
-def _token_ids(tokenizer: "PreTrainedTokenizerBase", articles: list[str]) -> list[list[int]]:
+def token_stream(tokenizer: "PreTrainedTokenizerBase", articles: list[str]) -> list[int]:
+    """Tokens of the articles, one after the other, with a blank line behind each."""
     texts = [article + "\n\n" for article in articles]
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [token for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] for token in ids]
 
 
 def _pieces(text: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Sensitivities: Fisher against measured KL, resuming, the metrics' interface."""
 
+import importlib
 import json
 
 import pytest
@@ -92,6 +93,37 @@ def test_calibrate_keeps_the_budget_and_beats_uniform_or_falls_back(maps, window
     assert (result.maps is None) == (maps == "plain" or result.fell_back)
     again = calibrate(model, windows[:3], plain, **arguments)
     assert again.table == pytest.approx(result.table, rel=1e-6)
+
+
+@pytest.mark.parametrize("maps", ["plain", "auto"])
+def test_recall_windows_count_in_what_is_chosen_but_not_in_what_is_measured(maps, windows, rng, monkeypatch):
+    model, seen = tiny.model(), {}
+    calibration = importlib.import_module("tq_ao.calibration.calibrate")  # its function has the same name
+    recall = torch.randint(2, 97, (3, 160), generator=rng)
+
+    def spy(name, at):
+        real = getattr(calibration, name)
+
+        def call(*args, **kwargs):
+            seen[name] = args[at]
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(calibration, name, call)
+
+    for name in ("collect", "choose_variants", "sensitivity", "Evaluator"):
+        spy(name, 1)
+    calibrate(
+        model, windows, plain_maps(model, [0, 1, 2]), recall=recall, bits=2, window=16, sinks=2, maps=maps,
+        repair_evaluations=1,
+    )  # fmt: skip
+    if maps == "auto":  # two thirds of each kind, the rest of each kind
+        assert torch.equal(seen["collect"], torch.cat([windows[:2], recall[:2]]))
+        assert torch.equal(seen["choose_variants"], seen["sensitivity"])
+        assert torch.equal(seen["sensitivity"], torch.cat([windows[2:], recall[2:]]))
+        assert torch.equal(seen["Evaluator"], windows[2:])
+    else:
+        assert torch.equal(seen["sensitivity"], torch.cat([windows, recall]))
+        assert torch.equal(seen["Evaluator"], windows)
 
 
 def test_too_few_windows(windows):

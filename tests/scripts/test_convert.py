@@ -99,6 +99,17 @@ def test_a_recipe_gives_the_same_checkpoint_as_the_flags(base, text, tmp_path):
     assert a == b
 
 
+def test_recall_windows_are_calibrated_on_and_recorded(base, text, tmp_path):
+    found = {}
+    for count in (0, 2):
+        (tmp_path / f"{count}").mkdir()
+        code, out = run(base, text, tmp_path / f"{count}", "--recall-windows", f"{count}")
+        assert code == 0 and load(out / "recipe.yaml").calibration.recall == count
+        found[count] = json.loads((out / "tq_ao_config.json").read_text())
+    assert found[0]["sensitivity"] != found[2]["sensitivity"]
+    assert found[0]["ppl_before"] == pytest.approx(found[2]["ppl_before"]), "measured on the same text"
+
+
 def test_a_converted_model_can_be_converted_again(base, text, tmp_path):
     code, out = run(base, text, tmp_path, "--schedule", "uniform", "--bits", "1")
     assert code == 0

@@ -56,6 +56,7 @@ def calibrate(
     windows: torch.Tensor,
     layers: Mapping[int, LayerMaps],
     *,
+    recall: torch.Tensor | None = None,
     bits: float,
     limits: Mapping[str, float] | None = None,
     widths: Sequence[int] = (1, 2, 3, 4),
@@ -77,6 +78,8 @@ def calibrate(
         model: transformers causal LM in eval mode, float32 or bfloat16.
         windows: int64 [n, N], n >= 3, calibration text; the first two thirds give the statistics (with plain maps
             there are none and all windows give sensitivities), the rest the sensitivities.
+        recall: int64 [m, N], text of another kind (see `tq_ao.recall`) that shares in statistics and sensitivities, two
+            thirds and one third like `windows`, but not in what is measured.
         layers: layer index -> its plain maps (what the cache would use uncalibrated); exactly these are quantised.
         bits: budget, average code bits per value.
         limits: take the smallest budget up to `bits` whose schedule measures at most these losses on the sensitivity
@@ -101,34 +104,30 @@ def calibrate(
             f"expected at least 3 calibration windows, got {windows.shape[0]}; give more text or shorter windows"
         )
     say = report or (lambda message: None)
-    log = Journal(journal, _fingerprint(model, windows, maps, metric, window, sinks, seed, widths)) if journal else None
+    recall = windows[:0] if recall is None else recall
+    settings = (recall.shape[0], maps, metric, window, sinks, seed, widths)
+    log = Journal(journal, _fingerprint(model, torch.cat([windows, recall]), *settings)) if journal else None
     shape = Shape({i: tuple(m.key_shift.shape) for i, m in layers.items()})  # type: ignore[misc]
     device = device_of(model)
     plain = {i: m.to(device) for i, m in layers.items()}
     chosen_maps, variants, choices = plain, {}, []
-    text = windows
+    measured, scored = windows, torch.cat([windows, recall])
     if maps == "auto":
-        split = max(1, windows.shape[0] * 2 // 3)
-        text = windows[split:]
+        parts = [(x[: x.shape[0] * 2 // 3], x[x.shape[0] * 2 // 3 :]) for x in (windows, recall)]
+        seen, scored = (torch.cat(part) for part in zip(*parts, strict=True))
+        measured = parts[0][1]
         statistics = collect(
-            model,
-            windows[:split],
-            sorted(layers),
-            window=window,
-            sinks=sinks,
-            seed=seed,
-            gradient=True,
-            progress=progress,
+            model, seen, sorted(layers), window=window, sinks=sinks, seed=seed, gradient=True, progress=progress
         )
         choices = choose_variants(
-            model, text, plain, statistics, window=window, sinks=sinks, seed=seed, progress=progress, journal=log
+            model, scored, plain, statistics, window=window, sinks=sinks, seed=seed, progress=progress, journal=log
         )
         chosen_maps = {c.layer: c.maps for c in choices}
         variants = {c.layer: (c.key_variant, c.value_variant) for c in choices}
         del statistics
     table = sensitivity(
-        model, text, chosen_maps, metric, bits=widths, compensate=maps == "auto", window=window, sinks=sinks, seed=seed,
-        journal=log, progress=progress,
+        model, scored, chosen_maps, metric, bits=widths, compensate=maps == "auto", window=window, sinks=sinks,
+        seed=seed, journal=log, progress=progress,
     )  # fmt: skip
 
     def final(s: Schedule) -> dict[int, LayerMaps]:
@@ -138,7 +137,7 @@ def calibrate(
         return {i: LayerPlan(*pair, m[i]) for i, pair in s.items()}
 
     if limits or repair_evaluations:
-        evaluate = Evaluator(model, text, window=window, sinks=sinks, stride=stride)
+        evaluate = Evaluator(model, measured, window=window, sinks=sinks, stride=stride)
     if limits:
         found = meet(
             limits, lambda b: knapsack(table, shape, b, bits=widths),

@@ -40,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
     for name, budgets in (("pareto", [1.75, 2.0, 2.25, 2.5, 3.0, 3.5]), ("ablation", [2.25, 3.0])):
         p = commands.choices[name]
         p.add_argument("--budgets", type=float, nargs="+", default=budgets, help="average code bits")
+    commands.choices["pareto"].add_argument(
+        "--recall-windows", type=int, default=3, help="of recall text to calibrate on besides, as convert.py does"
+    )
     commands.choices["pareto"].add_argument("--repair", type=int, default=0, help="measured swaps per budget")
     commands.choices["sensitivity"].add_argument("--bits", type=int, nargs="+", default=[2, 3])
     p = commands.add_parser("retrieval", help="facts found in long text that is read from packed storage")
@@ -71,8 +74,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise TurboQuantError(f"expected --prompts of at least 3 for each of {args.lengths}, got {args.prompts}")
         return measure(args.model, args.lengths, args.prompts, text=args.text, seed=args.seed, report=say)
     setup = prepare(
-        args.model, length=args.length, calibration=args.calibration_windows, evaluation=args.windows, text=args.text,
-        seed=args.seed, all_layers=args.all_layers,
+        args.model, length=args.length, calibration=args.calibration_windows, evaluation=args.windows,
+        recall=getattr(args, "recall_windows", 0), text=args.text, seed=args.seed, all_layers=args.all_layers,
     )  # fmt: skip
     progress = not args.quiet
     if args.command == "pareto":

@@ -16,9 +16,9 @@ from tq_ao.evaluation.transformers_cache import KINDS, PACKAGES
 def setup(rng):
     model = tiny.model(num_hidden_layers=4)
     plain = plain_maps(model, [0, 1, 2, 3])
-    windows = torch.randint(2, 97, (5, 160), generator=rng)
+    windows = torch.randint(2, 97, (8, 160), generator=rng)
     shape = Shape({i: tuple(m.key_shift.shape) for i, m in plain.items()})
-    return Setup("tiny", model, windows[:3], windows[3:], plain, shape, "random tokens")
+    return Setup("tiny", model, windows[:3], windows[3:6], windows[6:], plain, shape, "random tokens")
 
 
 def test_pareto_rows(setup):

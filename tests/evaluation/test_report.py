@@ -32,11 +32,11 @@ def test_retrieval_rows_by_task_and_length():
     row = {
         "task": "passkey", "tokens": 4096, "method": "uniform", "code_bits": 2, "prompts": 3, "questions": 3,
         "right": 1, "log_probability": -2.5, "log_probability_stderr": 0.25, "change": -1.25,
-        "change_stderr": 0.5, "packed_tokens": 3936, "bytes_per_token": 3240.0, "by_depth": {},
+        "change_stderr": 0.5, "lost": 2, "gained": 1, "packed_tokens": 3936, "bytes_per_token": 3240.0, "by_depth": {},
     }  # fmt: skip
     rows = [row, row | {"task": "key-value"}, row | {"tokens": 1024}]
     lines = table(RESULT | {"rows": rows}).splitlines()[-3:]
     assert [line.split(" | ")[:2] for line in lines] == [
         ["| key-value", "4096"], ["| passkey", "1024"], ["| passkey", "4096"],
     ]  # fmt: skip
-    assert lines[2].endswith("| 3936 | uniform | 2 | 3240 | 1 of 3 | -2.50 ± 0.25 | -1.25 ± 0.50 |")
+    assert lines[2].endswith("| 3936 | uniform | 2 | 3240 | 1 of 3 | 2, 1 | -2.50 ± 0.25 | -1.25 ± 0.50 |")

@@ -20,6 +20,7 @@ from tq_ao.evaluation.retrieval import (
     ask,
     bytes_per_token,
     check_packed,
+    in_bfloat16,
     packed,
     packed_tokens,
     prefill,
@@ -119,12 +120,13 @@ def test_rows_of_every_task_and_cache(seed, rng):
     assert [(r["task"], r["method"], r["code_bits"]) for r in rows] == [
         (task, *cache)
         for task in ("key-value", "passkey")
-        for cache in (("exact", 16), *(("uniform, plain", bits) for bits in (3, 2, 1)))
+        for cache in (("exact", 16), ("exact, in bfloat16", 16), *(("uniform, plain", bits) for bits in (3, 2, 1)))
     ]
     for row in rows:
         assert (row["tokens"], row["prompts"]) == (900, 2 if row["task"] == "key-value" else 3)
         assert row["questions"] == sum(n for _, n in row["by_depth"].values()) == (6 if row["prompts"] == 2 else 3)
-        assert row["packed_tokens"] == (0 if row["method"] == "exact" else 864)
+        assert row["packed_tokens"] == (0 if row["code_bits"] == 16 else 864)
+        assert row["lost"] - row["gained"] == rows[0 if row["task"] == "key-value" else 5]["right"] - row["right"]
         assert (row["change"] == 0) == (row["method"] == "exact")
 
 
@@ -133,12 +135,12 @@ def test_a_calibrated_model_is_asked_with_its_own_schedule(rng):
     maps = {i: TurboQuantCache(model.config).layers[i].maps(i, 2, 32, torch.device("cpu")) for i in range(3)}
     quantization = TurboQuantConfig.from_schedule({0: (4, 2), 1: (3, 3), 2: (2, 2)}, window=40, sinks=6)
     asked = contenders(hf.attach(model, quantization, maps))
-    assert (asked[1].method, asked[1].code_bits) == ("schedule, calibrated", pytest.approx(16 / 6))
-    for contender in asked[1:]:
+    assert (asked[2].method, asked[2].code_bits) == ("schedule, calibrated", pytest.approx(16 / 6))
+    for contender in asked[2:]:
         cache = contender.make()
         assert (cache.quantization.window, cache.quantization.sinks) == (40, 6)
-    assert asked[1].make().layers[0].scheme.v_bits == 2
-    assert not asked[2].make().layers[0].maps.calibrated
+    assert asked[2].make().layers[0].scheme.v_bits == 2
+    assert not asked[3].make().layers[0].maps.calibrated
 
 
 def test_errors_are_over_prompts():
@@ -148,7 +150,17 @@ def test_errors_are_over_prompts():
     assert found["log_probability"] == -3.5
     assert found["log_probability_stderr"] == pytest.approx(1.5)  # of the prompts' means -2 and -5
     assert (found["change"], found["right"], found["prompts"], found["questions"]) == (-2.5, 3, 2, 4)
+    assert (found["lost"], found["gained"]) == (1, 0)
+    assert (summary(base, ours)["lost"], summary(base, ours)["gained"]) == (0, 1)
     assert found["by_depth"] == {"0.00": [2, 2], "1.00": [1, 2]}
+
+
+def test_a_cache_in_bfloat16_has_lost_what_bfloat16_has_not(rng):
+    exact = prefill(attached("gemma3"), torch.randint(2, 97, (1, 50), generator=rng))
+    for a, b in zip(exact.layers, in_bfloat16(exact).layers, strict=True):
+        assert b.keys.dtype == torch.float32
+        assert torch.equal(b.keys, a.keys.bfloat16().float()) and torch.equal(b.values, a.values.bfloat16().float())
+        assert not torch.equal(b.keys, a.keys)
 
 
 def test_a_real_model_finds_the_fact_in_four_bits_and_not_in_one(smollm2, seed):

@@ -113,9 +113,7 @@ def calibrate(
     chosen_maps, variants, choices = plain, {}, []
     measured, scored = windows, torch.cat([windows, recall])
     if maps == "auto":
-        parts = [(x[: x.shape[0] * 2 // 3], x[x.shape[0] * 2 // 3 :]) for x in (windows, recall)]
-        seen, scored = (torch.cat(part) for part in zip(*parts, strict=True))
-        measured = parts[0][1]
+        seen, scored, measured = divided(windows, recall)
         statistics = collect(
             model, seen, sorted(layers), window=window, sinks=sinks, seed=seed, gradient=True, progress=progress
         )
@@ -172,6 +170,17 @@ def calibrate(
     if mine.kl < base.kl:
         return CalibrationResult(**{**result.__dict__, "chosen": mine, "uniform": base})
     return CalibrationResult(flat, None, table, {}, shape.average(flat), base, base, True, fixed, choices)
+
+
+def divided(windows: torch.Tensor, recall: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Calibration text by what it is for.
+
+    Returns:
+        Two thirds of both kinds, for statistics; the rest of both, for variants and sensitivities; of that rest the
+        windows that are ordinary text, for measurements.
+    """
+    (seen, rest), (seen_recall, rest_recall) = (x.tensor_split([x.shape[0] * 2 // 3]) for x in (windows, recall))
+    return torch.cat([seen, seen_recall]), torch.cat([rest, rest_recall]), rest
 
 
 def collect(

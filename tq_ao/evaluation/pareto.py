@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tq_ao.calibration.allocation import Schedule, first_last, knapsack, ranked, shuffled, uniform
-from tq_ao.calibration.calibrate import collect
+from tq_ao.calibration.calibrate import collect, divided
 from tq_ao.calibration.gain import compensated
 from tq_ao.calibration.repair import repair
 from tq_ao.calibration.sensitivity import Metric, Table, sensitivity
@@ -53,10 +53,9 @@ class Calibrated:
 
 def calibrate_once(setup: Setup, options: Options, progress: bool) -> Calibrated:
     """Statistics on the first two thirds of the calibration text, variants and sensitivities on the rest."""
-    cut = max(1, setup.calibration.shape[0] * 2 // 3)
+    seen, rest, _ = divided(setup.calibration, setup.recall)
     common = {"window": options.window, "sinks": options.sinks, "seed": options.seed, "progress": progress}
-    statistics = collect(setup.model, setup.calibration[:cut], sorted(setup.plain), **common)  # type: ignore[arg-type]
-    rest = setup.calibration[cut:]
+    statistics = collect(setup.model, seen, sorted(setup.plain), **common)  # type: ignore[arg-type]
     choices = choose_variants(setup.model, rest, setup.plain, statistics, **common)  # type: ignore[arg-type]
     maps = {c.layer: c.maps for c in choices}
     table = sensitivity(setup.model, rest, maps, options.metric, compensate=True, **common)  # type: ignore[arg-type]
@@ -122,7 +121,7 @@ def pareto(
         ours("uniform, calibrated", uniform(setup.shape, bits), calibrated.maps)
     tuning = None
     if options.repair_evaluations:
-        rest = setup.calibration[max(1, setup.calibration.shape[0] * 2 // 3) :]
+        _, _, rest = divided(setup.calibration, setup.recall)
         tuning = Evaluator(setup.model, rest, window=options.window, sinks=options.sinks, stride=options.stride)
     for budget in options.budgets:
         ours("schedule, plain", knapsack(calibrated.plain_table, setup.shape, budget), setup.plain)

@@ -15,7 +15,8 @@ def table(result: dict[str, Any]) -> str:
     commit = (result["commit"] or "unknown")[:10]
     head = f"{result['model']}; {result['text']}; {result['device']}; {versions}; commit {commit}.\n"
     if "task" in rows[0]:
-        columns = ["task", "tokens", "packed", "cache", "code bits", "bytes per token", "right", "log p", "change"]
+        columns = ["task", "tokens", "packed", "cache", "code bits", "bytes per token", "right", "lost, gained"]
+        columns += ["log p", "change"]
         rows = sorted(rows, key=lambda r: (r["task"], r["tokens"]))
         return head + _markdown(columns, [_found(r) for r in rows])
     if "method" in rows[0]:
@@ -41,7 +42,8 @@ def _found(row: dict[str, Any]) -> list[str]:
     values = [f"{row[k]:.2f} ± {row[k + '_stderr']:.2f}" for k in ("log_probability", "change")]
     return [
         row["task"], str(row["tokens"]), str(row["packed_tokens"]), row["method"], f"{row['code_bits']:g}",
-        f"{row['bytes_per_token']:.0f}", f"{row['right']} of {row['questions']}", *values,
+        f"{row['bytes_per_token']:.0f}", f"{row['right']} of {row['questions']}",
+        f"{row['lost']}, {row['gained']}", *values,
     ]  # fmt: skip
 
 

@@ -31,11 +31,13 @@ class Contender:
         method: its name.
         code_bits: per value, on average.
         make: an empty packed cache; None: the exact one.
+        bfloat16: round the exact one, which is float32, to what a model in bfloat16 would hold.
     """
 
     method: str
     code_bits: float
     make: Callable[[], TurboQuantCache] | None = None
+    bfloat16: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,14 @@ def packed_tokens(cache: Cache) -> int:
     return min(int((scales != 0).sum()) for layer in cache.packed_layers() for scales in layer.k_scales[0])
 
 
+def in_bfloat16(cache: DynamicCache) -> DynamicCache:
+    """A copy with keys and values rounded to bfloat16, in the dtype they had."""
+    rounded = copy.deepcopy(cache)
+    for layer in rounded.layers:
+        layer.keys, layer.values = (x.bfloat16().to(x.dtype) for x in (layer.keys, layer.values))
+    return rounded
+
+
 def check_packed(cache: TurboQuantCache, prompt: Prompt, name: str) -> None:
     """Raise RuntimeError unless every fact of the prompt lies in tokens the cache holds as codes."""
     prove_packed(cache, name)
@@ -129,8 +139,9 @@ def retrieval(
 
     Returns:
         Rows {task, tokens, method, code_bits, prompts, questions, right, log_probability, log_probability_stderr,
-        change, change_stderr, packed_tokens, bytes_per_token, by_depth: {depth: [right, questions]}}.  `change` is that
-        of the log-probability against the first contender; standard errors are over prompts.
+        change, change_stderr, lost, gained, packed_tokens, bytes_per_token, by_depth: {depth: [right, questions]}}.
+        `change` is that of the log-probability against the first contender, `lost` and `gained` are answers that only
+        it, or only this one, has right; standard errors are over prompts.
 
     Raises:
         RuntimeError: a fact that a packed cache does not hold as codes.
@@ -140,7 +151,7 @@ def retrieval(
     for number, prompt in enumerate(prompts):
         exact, rights = prefill(model, prompt.ids), []
         for i, contender in enumerate(contenders):
-            cache: Cache = exact
+            cache: Cache = in_bfloat16(exact) if contender.bfloat16 else exact
             if contender.make is not None:
                 cache = packed(contender.make(), exact)
                 check_packed(cache, prompt, f"{contender.method}, {contender.code_bits:g} bits")
@@ -173,7 +184,10 @@ def summary(trials: Sequence[Trial], reference: Sequence[Trial]) -> dict[str, An
     return {
         "prompts": len(by_prompt), "questions": len(trials), "right": sum(t.right for t in trials),
         "log_probability": statistics.fmean(levels), "log_probability_stderr": _stderr(levels),
-        "change": statistics.fmean(changes), "change_stderr": _stderr(changes), "by_depth": by_depth,
+        "change": statistics.fmean(changes), "change_stderr": _stderr(changes),
+        "lost": sum(other.right and not one.right for one, other in zip(trials, reference, strict=True)),
+        "gained": sum(one.right and not other.right for one, other in zip(trials, reference, strict=True)),
+        "by_depth": by_depth,
     }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def contenders(model: PreTrainedModel) -> list[Contender]:
     """
     own = model.turboquant
     layers, window, sinks = sorted(own.quantization.layers), own.quantization.window, own.quantization.sinks
-    found = [Contender("exact", EXACT)]
+    found = [Contender("exact", EXACT), Contender("exact, in bfloat16", EXACT, bfloat16=True)]
     if own.maps.calibrated:
         found.append(Contender("schedule, calibrated", own.quantization.average_bits(layers), own.make_cache))
     for bits in UNIFORM:

@@ -21,6 +21,7 @@ class Setup:
         name: short name for files.
         model: float32 transformers causal LM in eval mode.
         calibration, evaluation: int64 [n, N] windows of disjoint articles.
+        recall: int64 [m, N] windows made of the calibration articles (see `tq_ao.recall`).
         plain: layer -> the maps the cache uses uncalibrated, on the model's device.
         shape: sizes of the quantised layers.
         text: what the text is, in words.
@@ -29,6 +30,7 @@ class Setup:
     name: str
     model: torch.nn.Module
     calibration: torch.Tensor
+    recall: torch.Tensor
     evaluation: torch.Tensor
     plain: dict[int, LayerMaps]
     shape: Shape
@@ -52,6 +54,7 @@ def prepare(
     length: int,
     calibration: int,
     evaluation: int,
+    recall: int = 0,
     text: str = "enwiki",
     seed: int = 0,
     all_layers: bool = False,
@@ -61,13 +64,14 @@ def prepare(
     Args:
         name: anything `tq_ao.models.resolve` knows.
         length: tokens per window.
-        calibration, evaluation: windows of each.
+        calibration, evaluation, recall: windows of each.
         all_layers: also quantise sliding-window layers, which the cache normally leaves to the model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tq_ao.cache import quantizable_layers
     from tq_ao.models import resolve
+    from tq_ao.recall import recall_windows
     from tq_ao.text import articles, split_articles, windows
 
     found = resolve(name)
@@ -76,17 +80,16 @@ def prepare(
     model.requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(found.path_or_id)
     halves = split_articles(articles(text), seed)
-    chosen_on, measured_on = (
-        windows(tokenizer, halves[0], length, calibration),
-        windows(tokenizer, halves[1], length, evaluation),
-    )
+    chosen_on = windows(tokenizer, halves[0], length, calibration)
+    recalled = recall_windows(tokenizer, halves[0], length, recall, seed)
+    measured_on = windows(tokenizer, halves[1], length, evaluation)
     config = model.config.get_text_config(decoder=True)
     layers = list(range(config.num_hidden_layers)) if all_layers else quantizable_layers(model.config)
     plain = plain_maps(model, layers, seed)
     shape = Shape({i: tuple(m.key_shift.shape) for i, m in plain.items()})  # type: ignore[misc]
     source = text if text == "enwiki" else Path(text).name
     what = f"{source}, split by article (seed {seed}), {evaluation} x {length} tokens held out"
-    return Setup(found.name, model, chosen_on, measured_on, plain, shape, what)
+    return Setup(found.name, model, chosen_on, recalled, measured_on, plain, shape, what)
 
 
 def provenance() -> dict[str, Any]:

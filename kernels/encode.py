@@ -41,6 +41,22 @@ def _counts(length, start, b, q, sinks, window):
     return skip, before, old, new
 
 
+@triton.jit
+def _put_half(
+    y, words0, scale0, half, unit, words, scales, w_st, s_st, order, tile, left,
+    D: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
+    FUSED: tl.constexpr,
+):  # fmt: skip
+    """Quantise half a block; the second half is stored with the first, words0 and scale0.  Returns its own."""
+    codes, scale1 = quantize(y, D, BITS, STEP, FUSED)
+    words1 = get_words(codes, BITS, KEY)
+    if half % 2 == 1:
+        at = tile.to(tl.int64)
+        put_words(words0, words1, words + at * w_st, w_st, left, D, TILES, BITS, KEY)
+        put_scales(scale0, scale1, unit, scales + at * s_st, s_st, order, left)
+    return words1, scale1
+
+
 @triton.jit(do_not_specialize=["n", "tiles"])
 def encode_kernel(
     x, ring, words, scales, map, shift, length, start,
@@ -169,14 +185,10 @@ def encode_kernel(
                         y = tl.dot(chunk.to(OPERAND), rest, y, input_precision="ieee")
             else:
                 y = mapped(rows, ok, map, shift, D, DP, KEY, KC, OPERAND)
-            codes, scale1 = quantize(y, D, BITS, STEP, FUSED)
-            words1 = get_words(codes, BITS, KEY)
-            if half % 2 == 1:
-                at = tile.to(tl.int64)
-                put_words(words0, words1, words + at * w_st, w_st, left, D, TILES, BITS, KEY)
-                put_scales(scale0, scale1, unit, scales + at * s_st, s_st, order, left)
-            words0 = words1
-            scale0 = scale1
+            words0, scale0 = _put_half(
+                y, words0, scale0, half, unit, words, scales, w_st, s_st, order, tile, left,
+                D, BITS, KEY, STEP, TILES, FUSED,
+            )  # fmt: skip
         if WHOLE or SPLIT:
             rows = x + order * x_sn
             always = order >= 0
@@ -191,14 +203,10 @@ def encode_kernel(
                     y = minus_shift(always, minus, OPERAND)
                     y = tl.dot(load_rows(here, always, 0, D, 128).to(OPERAND), m_high, y, input_precision="ieee")
                     y = tl.dot(load_rows(here, always, 128, D, 128).to(OPERAND), m2_high, y, input_precision="ieee")
-                codes, scale1 = quantize(y, D, BITS, STEP, FUSED)
-                words1 = get_words(codes, BITS, KEY)
-                if half % 2 == 1:
-                    at = tile.to(tl.int64)
-                    put_words(words0, words1, words + at * w_st, w_st, TILES, D, TILES, BITS, KEY)
-                    put_scales(scale0, scale1, unit, scales + at * s_st, s_st, order, TILES)
-                words0 = words1
-                scale0 = scale1
+                words0, scale0 = _put_half(
+                    y, words0, scale0, half, unit, words, scales, w_st, s_st, order, tile, TILES,
+                    D, BITS, KEY, STEP, TILES, FUSED,
+                )  # fmt: skip
 
 
 @triton.jit

@@ -108,7 +108,7 @@ def in_one_part(map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rounded, torch.linalg.inv(rounded.double()).float().contiguous()
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)
 def rotation_maps(kind: str, heads: int, dim: int, seed: int) -> LayerMaps:
     """Plain TurboQuant maps of one layer: the same rotation for K and V, zero shifts."""
     r, inverse = in_one_part(rotations(kind, heads, dim, seed))

@@ -517,6 +517,9 @@ def test_errors_name_what_to_do(rng):
     teacher_forced(model, prompt(rng, 2, 10), cache, [10])
     with torch.no_grad(), pytest.raises(ValueError, match="batch size 2, got 1"):
         model(prompt(rng, 1, 3), **{tiny.CACHE: cache})
+    teacher_forced(model, prompt(rng, 2, 54), cache, [50, 1, 1, 1, 1])
+    with torch.no_grad(), pytest.raises(ValueError, match="max_cache_len=64 tokens, got 1 after 64"):
+        model(prompt(rng, 2, 1), **{tiny.CACHE: cache})
     with pytest.raises(ValueError, match=r"crop\(-n\)"):
         cache.crop(3)
     with pytest.raises(NotImplementedError, match="not offloaded"):

@@ -120,7 +120,8 @@ class TurboQuantLayer(CacheLayerMixin):
         TurboQuantTensors; for q > 1 they see the cache as it was plus the new tokens, exact.
 
         Raises:
-            ValueError: more tokens than a static cache was made for, or another batch size.
+            ValueError: another batch size, or more tokens than a static cache was made for (of those it holds, only an
+                eager CPU knows how many without waiting for a device).
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -129,10 +130,8 @@ class TurboQuantLayer(CacheLayerMixin):
         if self.max_cache_len is None:
             self._grow(self.seen + q)
             self.seen += q
-        elif q > self.max_cache_len:
-            raise ValueError(
-                f"expected at most max_cache_len={self.max_cache_len} tokens, got {q}; make a longer cache"
-            )
+        else:
+            self._check_room(q, self.max_cache_len)
         snapshot = None
         if q > 1 and not self.is_empty:
             snapshot = (self.k_recent.clone(), self.v_recent.clone(), self.length.clone())
@@ -150,6 +149,11 @@ class TurboQuantLayer(CacheLayerMixin):
         k_recent, v_recent, length = snapshot
         k, v = self._wrap("k", k_recent, key_states, length), self._wrap("v", v_recent, value_states, length)
         return k, v
+
+    def _check_room(self, q: int, room: int) -> None:
+        held = int(self.length) if self.length.device.type == "cpu" and not torch.compiler.is_compiling() else 0
+        if held + q > room:
+            raise ValueError(f"expected at most max_cache_len={room} tokens, got {q} after {held}; make a longer cache")
 
     def tensors(self) -> tuple[TurboQuantTensor, TurboQuantTensor]:
         """The cache's K and V as they stand, zero-copy."""

@@ -24,7 +24,8 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"tensor", "tensor_ops"}, TORCH | {"torchao"}),
     ({"cache", "cache_layer", "attention"}, TORCH | {"transformers"}),
     (
-        {"quantizer", "hf", "quantize", "embedded", "models", "text", "hub", "model_card", "calibration", "evaluation"},
+        {"quantizer", "hf", "quantize", "embedded", "models", "text", "recall", "hub", "model_card"}
+        | {"calibration", "evaluation"},
         TRANSFORMERS | {"torchao", "gguf", "matplotlib"},
     ),
     ({"recipe", "recipe_table"}, {"yaml"}),

@@ -71,7 +71,7 @@ def _compile(case: dict):
     from triton.compiler import ASTSource
 
     from tq_ao.codebook import codebook
-    from tq_ao.kernels import encode, extend_attention
+    from tq_ao.kernels import encode, extend_attention, levels
 
     dim, (k_bits, v_bits), arch = case["dim"], case["bits"], case["arch"]
     key, value = codebook(k_bits), codebook(v_bits)
@@ -91,8 +91,8 @@ def _compile(case: dict):
         fn = getattr(extend_attention, f"{case['kernel']}_kernel")
         k_type, v_type, _ = extend_attention.operands(torch.bfloat16, False)
         constants |= {
-            "ROWS": 32, "K_BITS": k_bits, "V_BITS": v_bits, "K_ASM": extend_attention.levels_asm(k_bits, True, k_type),
-            "V_ASM": extend_attention.levels_asm(v_bits, False, v_type), "CAP": False, "V_OPERAND": tl.bfloat16,
+            "ROWS": 32, "K_BITS": k_bits, "V_BITS": v_bits, "K_ASM": levels.levels_asm(k_bits, True, k_type),
+            "V_ASM": levels.levels_asm(v_bits, False, v_type), "CAP": False, "V_OPERAND": tl.bfloat16,
             "PRECISION": "ieee", "LOGITS": False,
         }  # fmt: skip
         options = extend_attention.launch_options(dim, 4096, torch.bfloat16, SHARED[arch]).get(case["kernel"], options)

@@ -10,6 +10,7 @@ from tq_ao import reference
 from tq_ao.codebook import BITS, codebook
 
 extend = pytest.importorskip("tq_ao.kernels.extend_attention")  # triton exists on Linux only
+levels = pytest.importorskip("tq_ao.kernels.levels")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # the interpreter's: log of 0, 1 / 0
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,10 +133,10 @@ def test_ptx_gives_levels(bits: int, key: bool, rng: torch.Generator) -> None:
     """Every nibble of random words, in `_levels8`'s order: bits 0, 2, 1 of its number for keys, 0, 1, 2 for values."""
     nibbles = [a + 4 * b + 2 * c if key else a + 2 * b + 4 * c for a in (0, 1) for b in (0, 1) for c in (0, 1)]
     for dtype in (torch.float16, torch.bfloat16):
-        unit = extend.level_unit(bits, dtype, True)
+        unit = levels.level_unit(bits, dtype, True)
         for word in torch.randint(2**32, (50,), generator=rng).tolist():
             codes = [word >> (4 * n + (bits == 3)) & ((1 << bits) - 1) for n in nibbles]
-            assert run_ptx(extend.levels_asm(bits, key, dtype), word, dtype) == [
+            assert run_ptx(levels.levels_asm(bits, key, dtype), word, dtype) == [
                 codebook(bits).levels[c] * unit for c in codes
             ]
 

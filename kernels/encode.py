@@ -115,7 +115,6 @@ def encode_kernel(
             dims = tl.arange(0, DP)
             # (x - shift) @ map = x @ map - shift @ map; with the same two parts of the map in both, what they
             # leave out multiplies x - shift only.
-            has_shift = tl.max(tl.abs(tl.load(shift + dims, mask=dims < D, other=0.0)), axis=0) > 0
             top = tl.max(tl.abs(tl.load(map + dims, mask=dims < D, other=0.0)), axis=0)
             least = tl.min(tl.abs(tl.load(map + dims, mask=dims < D, other=float("inf"))), axis=0)
             unit = tl.where((top > 0) & (least == top), top, 1.0)
@@ -124,22 +123,26 @@ def encode_kernel(
                 high, low = map_parts(arrange(load_map(map, 0, D, DP, DP), KEY), unit, inverse)
                 map_has_low = largest(low) > 0
                 m_high, m_low = high.to(tl.bfloat16).to(OPERAND), low.to(tl.bfloat16).to(OPERAND)
+                has_shift = tl.max(tl.abs(tl.load(shift + dims, mask=dims < D, other=0.0)), axis=0) > 0
+                shifted = tl.zeros([DP], tl.float32)
+                if has_shift:
+                    for k in range(0, DP, KC):
+                        k_high, k_low = map_operands(arrange(load_map(map, k, D, DP, KC), KEY), unit, inverse, OPERAND)
+                        part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
+                        shifted += tl.sum(part[:, None] * (k_high.to(tl.float32) + k_low.to(tl.float32)), axis=0)
             else:
                 remainder = 0.0
-                for k in range(0, DP, KC):
-                    _high, low = map_parts(load_map(map, k, D, DP, KC), unit, inverse)
+                products = tl.zeros([KC, DP], tl.float32)
+                for k in range(0, DP, KC):  # one pass over the map for both, in its own order of columns
+                    high, low = map_parts(load_map(map, k, D, DP, KC), unit, inverse)
                     remainder = tl.maximum(remainder, largest(low))
+                    part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
+                    products += part[:, None] * (high + low.to(tl.bfloat16).to(tl.float32))
+                shifted = tl.reshape(arrange(tl.sum(products, axis=0)[None, :], KEY), [DP])
+                minus = shift_operand(shifted, OPERAND)
                 map_has_low = remainder > 0
                 m_high, _low = map_operands(arrange(load_map(map, 0, D, DP, 128), KEY), unit, inverse, OPERAND)
                 m2_high, _low2 = map_operands(arrange(load_map(map, 128, D, DP, 128), KEY), unit, inverse, OPERAND)
-            shifted = tl.zeros([DP], tl.float32)
-            if has_shift:
-                for k in range(0, DP, KC):
-                    k_high, k_low = map_operands(arrange(load_map(map, k, D, DP, KC), KEY), unit, inverse, OPERAND)
-                    part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
-                    shifted += tl.sum(part[:, None] * (k_high.to(tl.float32) + k_low.to(tl.float32)), axis=0)
-            if SPLIT:
-                minus = shift_operand(shifted, OPERAND)
         # Blocks begin .. end - 1 are whole and all in x; those before and after them need masks or the ring.
         begin = last
         end = last

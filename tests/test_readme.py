@@ -54,7 +54,8 @@ def test_prefill_tables():
     result = json.loads((ROOT / "benchmarks" / "results" / "prefill_h100.json").read_text())
     sides: dict[str, list[dict]] = {}
     for row in result["encode"]:
-        sides.setdefault(f"D {row['head_dim']}, {row['bits']} bits, {row['map']}", []).append(row)
+        what = f"D {row['head_dim']}, {row['bits']} bits, {row['map']}{', shifted' * row['shifted']}"
+        sides.setdefault(what, []).append(row)
     want = [
         f"| {what} | {k['us_median']:.1f} / {v['us_median']:.1f} | "
         f"{k['percent_of_copy']:.0f} / {v['percent_of_copy']:.0f} % |"

@@ -136,6 +136,7 @@ def test_writing_a_graph_input_one_way_and_reading_it_the_other_is_stale(
 def cache_layer(rng: torch.Generator, tokens: int = 95) -> TurboQuantLayer:
     """The cache's own static layer after a prefill."""
     layer = TurboQuantLayer(0, LayerScheme(3, 2), MapSource("hadamard", 0), window=32, sinks=4, max_cache_len=256)
+    layer.guards_length = True
     layer.update(randn(rng, 2, 2, tokens, 64), randn(rng, 2, 2, tokens, 64))
     return layer
 
@@ -156,6 +157,16 @@ def test_ten_steps_of_two_caches_compile_once(rng: torch.Generator, backend: str
         assert torch.equal(layer.length, torch.tensor(105))
         assert torch.equal(layer.k_codes, twin.k_codes)
         assert layer.k_codes.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_full_cache_says_so(rng: torch.Generator, backend: str) -> None:
+    step, layer = compiled(decode_step, backend), cache_layer(rng, 254)
+    q, k, v = randn(rng, 2, 4, 1, 64), randn(rng, 2, 2, 1, 64), randn(rng, 2, 2, 1, 64)
+    step(layer, q, k, v)
+    step(layer, q, k, v)
+    with pytest.raises(RuntimeError, match="max_cache_len=256 tokens, got more"):
+        step(layer, q, k, v)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

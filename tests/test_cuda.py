@@ -1,5 +1,9 @@
 """The packed cache in a model on a GPU: kernels, compiled decode under CUDA graphs, left padding."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -62,3 +66,34 @@ def test_generate_compiles_decode_and_padded_rows_are_their_own_runs(cuda):
     eager = model.generate(ids, attention_mask=mask, disable_compile=True, **options)
     alone = model.generate(ids[1:2, 100:], attention_mask=mask[1:2, 100:], **options)
     assert sum(follow(out, row, eager, row) for row in range(3)) + follow(out, 1, alone, 0) > 20
+
+
+PAST_THE_END = """
+import tiny, torch
+from tq_ao import TurboQuantConfig, quantize_kv_
+model = tiny.model(vocab_size=512, num_hidden_layers=2).to("cuda", torch.bfloat16)
+quantize_kv_(model, TurboQuantConfig(bits=3))
+cache = model.turboquant.make_cache(256)
+ids = torch.randint(2, 512, (1, 257), device="cuda")
+step = STEP
+with torch.no_grad():
+    model(ids[:, :250], CACHE=cache)
+    for i in range(250, 257):
+        if i == 256:
+            torch.cuda.synchronize()
+            print("fits")
+        step(ids[:, i : i + 1].clone(), CACHE=cache)
+    torch.cuda.synchronize()
+print("too far")
+"""
+
+
+@pytest.mark.parametrize("step", ["model", 'torch.compile(model, fullgraph=True, mode="reduce-overhead")'])
+def test_a_static_cache_run_past_its_end_stops_the_program(cuda, step):
+    """In a process of its own: the device is lost to it."""
+    code = PAST_THE_END.replace("STEP", step).replace("CACHE", tiny.CACHE)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == ["fits"], done.stderr
+    assert "max_cache_len=256 tokens, got more" in done.stdout + done.stderr

@@ -139,6 +139,8 @@ class TurboQuantCache(Cache):
                 layers.append(STATIC_LAYER_TYPE_MAPPING[kind](max_cache_len=max_cache_len, **extra))
         super().__init__(layers=layers)
         self.quantization = quantization
+        for layer in self.packed_layers()[:1]:
+            layer.guards_length = max_cache_len is not None
         self._mask_faults: torch.Tensor | None = None  # bool [3], looked at when the next mask arrives
 
     def reset(self) -> None:

@@ -52,6 +52,7 @@ class TurboQuantLayer(CacheLayerMixin):
         self.index, self.scheme, self.maps = index, scheme, maps
         self.window, self.sinks, self.max_cache_len = window, sinks, max_cache_len
         self.is_compileable = max_cache_len is not None
+        self.guards_length = False  # one layer of a static cache looks on the device whether it is full
         self.is_empty = True
         self.seen = 0  # host copy of the length; a growing layer's only
         self.behind = 0  # at least how far the ring has been written beyond the length (crop)
@@ -120,8 +121,9 @@ class TurboQuantLayer(CacheLayerMixin):
         TurboQuantTensors; for q > 1 they see the cache as it was plus the new tokens, exact.
 
         Raises:
-            ValueError: another batch size, or more tokens than a static cache was made for (of those it holds, only an
-                eager CPU knows how many without waiting for a device).
+            ValueError: another batch size, or more tokens than a static cache was made for.  How many it holds only an
+                eager CPU knows without waiting for a device: compiled, a CPU raises RuntimeError, and a GPU fails an
+                assertion that the next synchronisation reports.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -151,9 +153,13 @@ class TurboQuantLayer(CacheLayerMixin):
         return k, v
 
     def _check_room(self, q: int, room: int) -> None:
-        held = int(self.length) if self.length.device.type == "cpu" and not torch.compiler.is_compiling() else 0
+        known = self.length.device.type == "cpu" and not torch.compiler.is_compiling()
+        held = int(self.length) if known else 0
         if held + q > room:
             raise ValueError(f"expected at most max_cache_len={room} tokens, got {q} after {held}; make a longer cache")
+        if self.guards_length and not known:
+            full = f"expected at most max_cache_len={room} tokens, got more; make a longer cache"
+            torch._assert_async(self.length <= room - q, full)
 
     def tensors(self) -> tuple[TurboQuantTensor, TurboQuantTensor]:
         """The cache's K and V as they stand, zero-copy."""

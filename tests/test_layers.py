@@ -127,6 +127,20 @@ def test_no_circles():
     assert list(TopologicalSorter(graph).static_order())
 
 
+def test_any_module_of_calibration_and_evaluation_can_be_imported_first():
+    """In one process: all of tq_ao but `ops`, which registers only once, is forgotten before each."""
+    names = [f"tq_ao.{module}" for module in SOURCES if module.split(".")[0] in ("calibration", "evaluation")]
+    script = (
+        "import importlib, sys, torch, transformers, tq_ao, tq_ao.ops; kept = ('tq_ao.ops', 'tq_ao.codebook')\n"
+        f"for name in {names}:\n"
+        "    for old in [m for m in sys.modules if m.startswith('tq_ao.') and m not in kept]:\n"
+        "        del sys.modules[old]\n"
+        "    importlib.import_module(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+
+
 def test_nothing_imports_a_top_level_kernels():
     """The name belongs to a package that transformers imports."""
     for path in [*SOURCES.values(), *(ROOT / "scripts").glob("*.py"), *(ROOT / "tests").rglob("*.py")]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tq_ao import TurboQuantCache, hf, recipe_table
 from tq_ao.cache import GENERATE_CACHE, head_dim, quantizable_layers
-from tq_ao.calibration import Shape, knapsack
+from tq_ao.calibration.allocation import Shape, knapsack
 from tq_ao.calibration.target import LOSSES, meet
 from tq_ao.embedded import EMBEDDED
 from tq_ao.evaluation.decode_kl import prove_packed

@@ -23,7 +23,7 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from tq_ao import __version__, hf
 from tq_ao.cache import GENERATE_CACHE, TurboQuantCache, head_dim, quantizable_layers
-from tq_ao.calibration import calibrate
+from tq_ao.calibration.calibrate import calibrate
 from tq_ao.calibration.target import LOSSES, losses, missed
 from tq_ao.config import FORMAT, TRANSFORMS_FILE, LayerScheme, TurboQuantConfig
 from tq_ao.errors import ModelError, TextError

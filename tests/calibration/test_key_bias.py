@@ -3,7 +3,7 @@
 import tiny
 import torch
 
-from tq_ao.calibration import collect
+from tq_ao.calibration.calibrate import collect
 from tq_ao.calibration.transforms import layer_maps
 from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.setup import plain_maps

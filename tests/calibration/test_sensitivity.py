@@ -7,8 +7,9 @@ import pytest
 import tiny
 import torch
 
-from tq_ao.calibration import METRICS, calibrate, sensitivity
+from tq_ao.calibration.calibrate import calibrate
 from tq_ao.calibration.journal import Journal
+from tq_ao.calibration.sensitivity import METRICS, sensitivity
 from tq_ao.evaluation.ranking import correlations, spearman
 from tq_ao.evaluation.setup import plain_maps
 

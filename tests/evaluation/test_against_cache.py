@@ -6,7 +6,7 @@ import torch
 
 from tq_ao import hf
 from tq_ao.cache import TurboQuantCache
-from tq_ao.calibration import calibrate
+from tq_ao.calibration.calibrate import calibrate
 from tq_ao.config import TurboQuantConfig
 from tq_ao.evaluation.decode_kl import evaluate_caches
 from tq_ao.evaluation.evaluator import Evaluator

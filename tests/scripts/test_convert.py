@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config
 
 import tq_ao.convert
-from tq_ao.calibration import CalibrationResult
+from tq_ao.calibration.calibrate import CalibrationResult
 from tq_ao.config import TRANSFORMS_FILE
 from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.recipe import load

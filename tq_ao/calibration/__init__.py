@@ -1,5 +1,7 @@
 """Calibration: which maps and how many bits each layer's K and V get.
 
+    from tq_ao.calibration.calibrate import calibrate
+
     layers = {i: rotation_maps("hadamard", kv_heads, head_dim, seed_of(i)) for i in quantised_layers}
     result = calibrate(model, calibration_windows, layers, bits=3.0, window=128, sinks=4,
                        maps="auto",                     # or "plain": TurboQuant's rotations, schedule only
@@ -12,21 +14,3 @@ Steps, each a function of its own: `trace` (capture.py) runs a window and return
 every layer; `collect` gathers statistics; `choose_variants` picks maps; `sensitivity` scores layers; `knapsack`
 allocates; `repair` improves by measured swaps; `evaluation.evaluator.Evaluator` measures.
 """
-
-from tq_ao.calibration.allocation import Shape, knapsack
-from tq_ao.calibration.calibrate import CalibrationResult, calibrate, collect
-from tq_ao.calibration.repair import repair
-from tq_ao.calibration.sensitivity import METRICS, sensitivity
-from tq_ao.calibration.variants import choose_variants
-
-__all__ = [
-    "METRICS",
-    "CalibrationResult",
-    "Shape",
-    "calibrate",
-    "choose_variants",
-    "collect",
-    "knapsack",
-    "repair",
-    "sensitivity",
-]

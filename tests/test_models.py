@@ -157,6 +157,14 @@ def test_embedded_gemma_has_sliding_and_full_layers(gemma3):
     assert resolve("gemma-3-270m").license == "gemma"
 
 
+def test_another_tokenizer_than_the_models_is_refused(smollm2, gemma3):
+    """As some releases of transformers read it out of the GGUF: with it the model talks, badly, and nobody says why."""
+    embedded.check_tokenizer(embedded.EMBEDDED["smollm2-135m"], smollm2)
+    embedded.check_tokenizer(embedded.EMBEDDED["gemma-3-270m"], gemma3)
+    with pytest.raises(ModelError, match=r"expected token ids \[2, 84002.*got \[2219, 276.*pip install"):
+        embedded.check_tokenizer(embedded.EMBEDDED["gemma-3-270m"], smollm2)
+
+
 def test_conversion_is_atomic(tmp_path, monkeypatch):
     """Interrupted: nothing in the cache.  Finished by another process meanwhile: its folder is used."""
     seen = []
@@ -177,6 +185,7 @@ def test_conversion_is_atomic(tmp_path, monkeypatch):
         shutil.copytree(folder, tmp_path / "smollm2-135m")
 
     monkeypatch.setattr(embedded, "_convert", overtaken)
+    monkeypatch.setattr(embedded, "check_tokenizer", lambda model, folder: None)
     assert resolve("smollm2-135m", cache_dir=tmp_path).path_or_id == str(tmp_path / "smollm2-135m")
     assert [path.name for path in tmp_path.iterdir()] == ["smollm2-135m"]
 

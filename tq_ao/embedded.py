@@ -148,7 +148,7 @@ def check_tokenizer(model: EmbeddedModel, folder: Path) -> None:
     if found != model.tokens:
         raise ModelError(
             f"transformers {transformers.__version__} reads another tokenizer out of the GGUF of {model.name} than the "
-            f"model has: expected token ids {list(model.tokens)} for {PROBE!r}, got {list(found)}; "
+            f"model has: expected token ids {list(model.tokens)} for {PROBE!r}, got {list(found[:10])}; "
             "pip install 'transformers>=5.23'"
         )
 

@@ -141,6 +141,7 @@ class TurboQuantLayer(CacheLayerMixin):
         ops.append_(
             *self.buffers(), key_states, value_states, self.length, self.start,
             maps.key, maps.key_shift, maps.value, maps.value_shift, self.window,
+            key_feedback=maps.key_feedback, value_feedback=maps.value_feedback,
         )  # fmt: skip
         self.length.add_(q)
         if self.is_empty:

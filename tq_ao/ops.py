@@ -22,11 +22,15 @@ _CACHE = (
 _CACHE_MUT = ", ".join(f"Tensor({chr(97 + i)}!) {part.split()[1]}" for i, part in enumerate(_CACHE.split(", ")))
 _MAPS = "Tensor query_map, Tensor key_shift, Tensor output_map, Tensor value_shift"
 _SCORE = 'int window, float scale, *, float softcap=0.0, Tensor? sink_logits=None, str impl="auto"'
-_lib.define('encode(Tensor x, Tensor map, Tensor shift, int bits, str role, *, str impl="auto") -> (Tensor, Tensor)')
+_lib.define(
+    "encode(Tensor x, Tensor map, Tensor shift, int bits, str role, *, Tensor? feedback=None, "
+    'str impl="auto") -> (Tensor, Tensor)'
+)
 _lib.define("decode(Tensor codes, Tensor scales, int head_dim, str role) -> Tensor")
 _lib.define(
     f"append_({_CACHE_MUT}, Tensor k, Tensor v, Tensor length, Tensor start, Tensor key_map, Tensor key_shift, "
-    'Tensor value_map, Tensor value_shift, int window, *, str impl="auto") -> ()'
+    "Tensor value_map, Tensor value_shift, int window, *, Tensor? key_feedback=None, Tensor? value_feedback=None, "
+    'str impl="auto") -> ()'
 )
 _lib.define(f"decode_attention(Tensor q, {_CACHE}, Tensor length, Tensor start, {_MAPS}, {_SCORE}) -> Tensor")
 _lib.define(
@@ -55,21 +59,21 @@ def _books(k_codes: torch.Tensor, v_codes: torch.Tensor, head_dim: int) -> tuple
     return codebook(bits_of(k_codes, head_dim)), codebook(bits_of(v_codes, head_dim))
 
 
-def _encode_cpu(x, map, shift, bits, role, *, impl="auto"):
+def _encode_cpu(x, map, shift, bits, role, *, feedback=None, impl="auto"):
     _named(impl, x.device, "reference")
-    return reference.encode(x, map, shift, bits, role)
+    return reference.encode(x, map, shift, bits, role, feedback)
 
 
-def _encode_cuda(x, map, shift, bits, role, *, impl="auto"):
+def _encode_cuda(x, map, shift, bits, role, *, feedback=None, impl="auto"):
     if _named(impl, x.device, "triton", "reference") == "reference":
-        return reference.encode(x, map, shift, bits, role)
+        return reference.encode(x, map, shift, bits, role, feedback)
     from tq_ao.kernels import encode as kernel
 
     with torch.cuda.device(x.device):  # Triton launches on the current one
-        return kernel.encode(x, map, shift, codebook(bits), role)
+        return kernel.encode(x, map, shift, codebook(bits), role, feedback)
 
 
-def _encode_fake(x, map, shift, bits, role, *, impl="auto"):
+def _encode_fake(x, map, shift, bits, role, *, feedback=None, impl="auto"):
     tiles = -(-x.shape[2] // TILE)
     codes = x.new_empty(*x.shape[:2], tiles, tile_bytes(bits, x.shape[3]), dtype=torch.uint8)
     return codes, x.new_empty(*x.shape[:2], tiles, TILE, dtype=torch.float16)
@@ -83,22 +87,22 @@ def _dense_fake(codes, scales, head_dim, role):
     return scales.new_empty(*scales.shape[:-2], scales.shape[-2] * TILE, head_dim, dtype=torch.float32)
 
 
-def _append_cpu(*args, impl="auto"):
+def _append_cpu(*args, key_feedback=None, value_feedback=None, impl="auto"):
     _named(impl, args[0].device, "reference")
-    reference.append_(*args)
+    reference.append_(*args, key_feedback, value_feedback)
 
 
-def _append_cuda(*args, impl="auto"):
+def _append_cuda(*args, key_feedback=None, value_feedback=None, impl="auto"):
     if _named(impl, args[0].device, "triton", "reference") == "reference":
-        reference.append_(*args)
+        reference.append_(*args, key_feedback, value_feedback)
         return
     from tq_ao.kernels import encode as kernel
 
     with torch.cuda.device(args[0].device):
-        kernel.append_(*args, *_books(args[0], args[2], args[8].shape[-1]))
+        kernel.append_(*args, *_books(args[0], args[2], args[8].shape[-1]), key_feedback, value_feedback)
 
 
-def _append_fake(*args, impl="auto"):
+def _append_fake(*args, key_feedback=None, value_feedback=None, impl="auto"):
     return None
 
 

@@ -13,6 +13,8 @@ C = 0 means there is no ring: all u are packed (P = n - S, the last tile may be 
 A packed vector is y = (x - shift) @ map, stored as codes c and one fp16 scale s with y ~ s * level[c].
 Codes are the nearest levels of y / (sigma * step) with sigma = |y| / sqrt(D) and the codebook's step (at 8 bits:
 sigma = max|y|); then s = <y, level> / <level, level>, the least-squares scale, where the paper stores the norm.
+With error feedback F, calibrated maps only, the even dims of y are rounded first; their least-squares scale s1 gives
+the error e = s1 * level - y_even, and the odd dims that are rounded next, to multiples of s1, are y_odd - e @ F.
 What can be asserted bitwise: pack/unpack; codes and scales given the same float32 y.  Rotations computed
 by different kernels differ in the last ulp, so a few codes in 10^4 land on the other side of a threshold.
 """
@@ -33,51 +35,72 @@ def bits_of(codes: torch.Tensor, head_dim: int) -> int:
     return bits
 
 
-def quantize(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _nearest(y: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """The levels c [..., D] whose multiples c * scale [..., 1] are nearest to y."""
+    if bits == 8:
+        return (y * (127 / scale.clamp_min(1e-30))).round().clamp(-127, 127) / 127
+    half = 1 << (bits - 1)
+    return (y * (1 / scale.clamp_min(1e-30))).floor().clamp(-half, half - 1) + 0.5
+
+
+def _least_squares(y: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """The scale [..., 1] that brings c nearest to y."""
+    return (y * c).sum(-1, keepdim=True) / c.square().sum(-1, keepdim=True).clamp_min(1e-30)
+
+
+def quantize(y: torch.Tensor, bits: int, feedback: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Scalar-quantise mapped vectors.
 
     Args:
-        y: float32 [..., D].
+        y: float32 [..., D]; [..., H, N, D] with feedback.
         bits: code width.
+        feedback: float32 [H, D / 2, D / 2], what the odd dims make up for of the even ones' error; None: nothing.
 
     Returns:
         codes uint8 [..., D] and scales float16 [...].  Zero vectors get scale 0; NaN or inf in, NaN scale out.
     """
-    book = codebook(bits)
     if bits == 8:
-        sigma = y.abs().amax(-1, keepdim=True)
-        rounded = (y * (127 / sigma.clamp_min(1e-30))).round().clamp(-127, 127)
-        codes, c = rounded.to(torch.int16) & 0xFF, rounded / 127
+        scale = y.abs().amax(-1, keepdim=True)
     else:
-        sigma = y.square().mean(-1, keepdim=True).sqrt()
-        half = 1 << (bits - 1)
-        cell = (y * (1 / (sigma * book.step).clamp_min(1e-30))).floor().clamp(-half, half - 1)
-        codes, c = cell + half, cell + 0.5
-    scale = (y * c).sum(-1) / c.square().sum(-1).clamp_min(1e-30)
+        scale = y.square().mean(-1, keepdim=True).sqrt() * codebook(bits).step
+    if feedback is None:
+        c = _nearest(y, scale, bits)
+    else:
+        even, odd = y[..., 0::2], y[..., 1::2]
+        c_even = _nearest(even, scale, bits)
+        scale = _least_squares(even, c_even)
+        error = (c_even * scale - even).bfloat16().float()  # an operand of the kernels' tensor cores
+        odd = odd - error @ feedback
+        c = torch.stack([c_even, _nearest(odd, scale, bits)], -1).flatten(-2)
+        y = torch.stack([even, odd], -1).flatten(-2)
+    codes = (c * 127).round().to(torch.int16) & 0xFF if bits == 8 else c + ((1 << (bits - 1)) - 0.5)
+    scale = _least_squares(y, c)[..., 0]
     scale = torch.where(torch.isfinite(scale), scale.abs().clamp(max=65504.0), torch.nan)
     return codes.nan_to_num(0.0).to(torch.uint8), scale.half()
 
 
-def rounded(y: torch.Tensor, bits: int) -> torch.Tensor:
+def rounded(y: torch.Tensor, bits: int, feedback: torch.Tensor | None = None) -> torch.Tensor:
     """What a reader gets back of mapped vectors y: float32, y's shape."""
-    codes, scales = quantize(y, bits)
+    codes, scales = quantize(y, bits, feedback)
     return codebook(bits).tensor(y.device)[codes.long()] * scales.float().unsqueeze(-1)
 
 
 def encode(
-    x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, bits: int, role: Role
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, bits: int, role: Role,
+    feedback: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Map, quantise and pack.
 
     Args:
         x: [B, H, N, D], any float dtype; N is padded to whole tiles with zero vectors (scale 0).
         map, shift: float32 [H, D, D] and [H, D].
+        feedback: float32 [H, D / 2, D / 2] or None.
 
     Returns:
         codes uint8 [B, H, T, tile_bytes] and scales float16 [B, H, T, 32], T = ceil(N / 32).
     """
     y = (x.float() - shift[:, None]) @ map
-    codes, scales = quantize(torch.nn.functional.pad(y, (0, 0, 0, -x.shape[2] % TILE)), bits)
+    codes, scales = quantize(torch.nn.functional.pad(y, (0, 0, 0, -x.shape[2] % TILE)), bits, feedback)
     return pack(codes, bits, role), scales.unflatten(2, (-1, TILE))
 
 
@@ -114,6 +137,7 @@ def append_(
     k_sinks: torch.Tensor, v_sinks: torch.Tensor, k_recent: torch.Tensor, v_recent: torch.Tensor,
     k: torch.Tensor, v: torch.Tensor, length: torch.Tensor, start: torch.Tensor,
     key_map: torch.Tensor, key_shift: torch.Tensor, value_map: torch.Tensor, value_shift: torch.Tensor, window: int,
+    key_feedback: torch.Tensor | None = None, value_feedback: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Append q tokens to a layer's cache in place and pack every tile that has left the window.
 
@@ -125,6 +149,7 @@ def append_(
         start: integer [B], position of each row's first real token.
         key_map, value_map: float32 [H, D, D]; key_shift, value_shift: float32 [H, D].
         window: tokens kept exact behind the newest.
+        key_feedback, value_feedback: float32 [H, D / 2, D / 2] or None.
     """
     q, sinks, capacity, seen = k.shape[2], k_sinks.shape[2], k_recent.shape[2], int(length)
     for first, rows in _rows(start):
@@ -134,10 +159,10 @@ def append_(
         before, after = max(0, seen - first), seen + q - first
         old, new = (packed_tokens(n, sinks, window, capacity) for n in (before, after))
         sides = (
-            (k_codes, k_scales, k_sinks, k_recent, k, key_map, key_shift),
-            (v_codes, v_scales, v_sinks, v_recent, v, value_map, value_shift),
+            (k_codes, k_scales, k_sinks, k_recent, k, key_map, key_shift, key_feedback),
+            (v_codes, v_scales, v_sinks, v_recent, v, value_map, value_shift, value_feedback),
         )
-        for role, (codes, scales, sink, recent, x, map, shift) in zip(ROLES, sides, strict=True):
+        for role, (codes, scales, sink, recent, x, map, shift, feedback) in zip(ROLES, sides, strict=True):
             fresh = x[rows, :, skip:]  # tokens before .. after
             if new > old:
                 ring = torch.arange(old, min(new, max(0, before - sinks)), device=x.device) % capacity
@@ -145,7 +170,7 @@ def append_(
                 leaving = torch.cat([recent[rows][:, :, ring], fresh[:, :, arriving]], 2)
                 bits = bits_of(codes, x.shape[-1])
                 tiles = slice(old // TILE, new // TILE)
-                codes[rows, :, tiles], scales[rows, :, tiles] = encode(leaving, map, shift, bits, role)
+                codes[rows, :, tiles], scales[rows, :, tiles] = encode(leaving, map, shift, bits, role, feedback)
             if before < sinks:
                 sink[rows, :, before : min(sinks, after)] = fresh[:, :, : sinks - before].to(sink.dtype)
             u = torch.arange(max(0, before - sinks, after - sinks - capacity), max(0, after - sinks), device=x.device)

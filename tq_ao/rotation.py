@@ -5,6 +5,9 @@ All maps act on row vectors, one D x D matrix per KV head (queries use the map o
     k' = (k - key_shift) @ key          q' = q @ query           key @ query.T = I   so q'.k' = q.(k - key_shift)
     v' = (v - value_shift) @ value      o  = o' @ output + value_shift               value @ output = I
 
+Calibrated maps may come with error feedback: D/2 x D/2 matrices by which the odd dims of k' and v' make up for the
+rounding of the even ones (`reference.quantize`), for readers that hear some directions better than others.
+
 An oblivious rotation (TurboQuant, arXiv 2504.19874) is the case key = query = value = output.T = R with
 zero shifts; calibrated maps are other matrices in the same four places.  Calibrated read-outs (query, output) may
 carry a gain a little above 1 over the inverse, which makes up for the shrinkage of least-squares levels.
@@ -24,6 +27,7 @@ class LayerMaps:
     Attributes:
         key, query, value, output: [kv_heads, D, D].
         key_shift, value_shift: [kv_heads, D].
+        key_feedback, value_feedback: [kv_heads, D / 2, D / 2], or None for every dim rounded by itself.
     """
 
     key: torch.Tensor
@@ -32,25 +36,28 @@ class LayerMaps:
     output: torch.Tensor
     key_shift: torch.Tensor
     value_shift: torch.Tensor
+    key_feedback: torch.Tensor | None = None
+    value_feedback: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         heads, dim = self.key_shift.shape
-        for field in fields(self):
-            want = (heads, dim) if field.name.endswith("shift") else (heads, dim, dim)
-            tensor = getattr(self, field.name)
+        wanted = {"shift": (heads, dim), "feedback": (heads, dim // 2, dim // 2)}
+        for name, tensor in self.tensors().items():
+            want = wanted.get(name.partition("_")[2], (heads, dim, dim))
             if tuple(tensor.shape) != want or tensor.dtype != torch.float32:
                 raise ValueError(
-                    f"expected map {field.name!r} to be float32 {want}, got {tensor.dtype} {tuple(tensor.shape)}; "
-                    "one D x D matrix (or D-vector) per KV head"
+                    f"expected map {name!r} to be float32 {want}, got {tensor.dtype} {tuple(tensor.shape)}; "
+                    "one D x D matrix (D-vector, D/2 x D/2 feedback) per KV head"
                 )
 
     def to(self, device: torch.device | str) -> "LayerMaps":
         """The same maps on another device."""
-        return LayerMaps(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return LayerMaps(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Name -> tensor, for saving."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """Name -> tensor, for saving; without feedback that is None."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 def hadamard(dim: int) -> torch.Tensor:

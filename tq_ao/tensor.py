@@ -160,10 +160,10 @@ class TurboQuantTensor(TorchAOBaseTensor):
             )
         maps = maps.to(x.device)
         if role == "key":
-            encode_map, decode_map, shift = maps.key, maps.query, maps.key_shift
+            encode_map, decode_map, shift, feedback = maps.key, maps.query, maps.key_shift, maps.key_feedback
         else:
-            encode_map, decode_map, shift = maps.value, maps.output, maps.value_shift
-        codes, scales = ops.encode(x.detach(), encode_map, shift, bits, role)
+            encode_map, decode_map, shift, feedback = maps.value, maps.output, maps.value_shift, maps.value_feedback
+        codes, scales = ops.encode(x.detach(), encode_map, shift, bits, role, feedback=feedback)
         return cls(codes, scales, encode_map, decode_map, shift, role, tokens, 0, x.dtype)
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -70,15 +70,17 @@ def _solve(gram: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, ridge: 
     return torch.linalg.solve(gram + weight, cross + weight @ prior.double()).float().contiguous()
 
 
-def _levels(x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _levels(
+    x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, bits: int, feedback: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(x - shift) and its dequantised levels in mapped space."""
     shifted = x.float() - shift[:, None]
-    return shifted, rounded(shifted @ map, bits)
+    return shifted, rounded(shifted @ map, bits, feedback)
 
 
 def _value_normal(t: Trace, plan: LayerPlan, window: int, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
     call = t.call
-    exact, levels = _levels(call.v, plan.maps.value, plan.maps.value_shift, plan.v_bits)
+    exact, levels = _levels(call.v, plan.maps.value, plan.maps.value_shift, plan.v_bits, plan.maps.value_feedback)
     tokens, zero = call.q.shape[2], torch.zeros_like(plan.maps.value, dtype=torch.float64)
     gram, cross = zero, zero
     position = torch.arange(tokens, device=call.q.device)
@@ -97,5 +99,5 @@ def _value_normal(t: Trace, plan: LayerPlan, window: int, sinks: int) -> tuple[t
 
 def _key_normal(t: Trace, plan: LayerPlan, window: int, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
     weight = pair_weights(Trace(t.call, t.out), window, sinks).k_attention.unsqueeze(-1)
-    exact, levels = _levels(t.call.k, plan.maps.key, plan.maps.key_shift, plan.k_bits)
+    exact, levels = _levels(t.call.k, plan.maps.key, plan.maps.key_shift, plan.k_bits, plan.maps.key_feedback)
     return (levels.mT @ (weight * levels)).double().sum(0), (levels.mT @ (weight * exact)).double().sum(0)

@@ -63,7 +63,7 @@ def sample_rows(t: Trace, count: int, window: int, sinks: int, generator: torch.
 def key_delta(rows: Rows, maps: LayerMaps, bits: int) -> torch.Tensor:
     """Change of the sampled outputs [B, H, G, n, D] when packed keys have `bits` bits."""
     call = rows.call
-    k_hat = requantize(call.k, maps.key, maps.query.mT, maps.key_shift, bits)
+    k_hat = requantize(call.k, maps.key, maps.query.mT, maps.key_shift, bits, maps.key_feedback)
     change = (rows.q @ (k_hat - call.k).mT).unflatten(2, rows.s.shape[2:4])
     p = softmax_with_sink(softcapped(torch.where(rows.packed, rows.s + change, rows.s), call), call)
     return ((p - rows.p).flatten(2, 3) @ call.v).unflatten(2, rows.s.shape[2:4])
@@ -72,7 +72,7 @@ def key_delta(rows: Rows, maps: LayerMaps, bits: int) -> torch.Tensor:
 def value_delta(rows: Rows, maps: LayerMaps, bits: int) -> torch.Tensor:
     """Change of the sampled outputs [B, H, G, n, D] when packed values have `bits` bits."""
     v = rows.call.v
-    v_hat = requantize(v, maps.value, maps.output, maps.value_shift, bits)
+    v_hat = requantize(v, maps.value, maps.output, maps.value_shift, bits, maps.value_feedback)
     return ((rows.p * rows.packed).flatten(2, 3) @ (v_hat - v)).unflatten(2, rows.s.shape[2:4])
 
 

@@ -94,8 +94,8 @@ def _score(t: Trace, by_width: Mapping[int, LayerMaps], metric: str, window: int
     if metric == "activation":
         k, v = t.call.k, t.call.v
         for b, maps in by_width.items():
-            k_hat = requantize(k, maps.key, maps.query.mT, maps.key_shift, b)
-            v_hat = requantize(v, maps.value, maps.output, maps.value_shift, b)
+            k_hat = requantize(k, maps.key, maps.query.mT, maps.key_shift, b, maps.key_feedback)
+            v_hat = requantize(v, maps.value, maps.output, maps.value_shift, b, maps.value_feedback)
             yield f"key/{b}", (k_hat - k)[:, :, sinks:].square().mean().item()
             yield f"value/{b}", (v_hat - v)[:, :, sinks:].square().mean().item()
         return

@@ -30,12 +30,14 @@ class LayerPlan:
 
 
 def requantize(
-    x: torch.Tensor, map: torch.Tensor, inverse: torch.Tensor, shift: torch.Tensor, bits: int
-) -> torch.Tensor:
+    x: torch.Tensor, map: torch.Tensor, inverse: torch.Tensor, shift: torch.Tensor, bits: int,
+    feedback: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """What a reader sees of x after packing: quantise in mapped space and come back.
 
     Args:
         x: [B, H, N, D]; map, inverse: [H, D, D] (`query.mT` or `output` undo `key` and `value`); shift: [H, D].
+        feedback: [H, D / 2, D / 2] or None.
 
     Returns:
         [B, H, N, D] in x's dtype.
@@ -43,14 +45,14 @@ def requantize(
     if bits == EXACT_BITS:
         return x
     y = (x.float() - shift[:, None]) @ map
-    return (rounded(y, bits) @ inverse + shift[:, None]).to(x.dtype)
+    return (rounded(y, bits, feedback) @ inverse + shift[:, None]).to(x.dtype)
 
 
 def requantize_layer(k: torch.Tensor, v: torch.Tensor, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """`requantize` of a layer's keys and values."""
     m = plan.maps
-    k_hat = requantize(k, m.key, m.query.mT, m.key_shift, plan.k_bits)
-    return k_hat, requantize(v, m.value, m.output, m.value_shift, plan.v_bits)
+    k_hat = requantize(k, m.key, m.query.mT, m.key_shift, plan.k_bits, m.key_feedback)
+    return k_hat, requantize(v, m.value, m.output, m.value_shift, plan.v_bits, m.value_feedback)
 
 
 def row_blocks(tokens: int, device: torch.device, block: int | None = None) -> Iterator[tuple[int, int]]:

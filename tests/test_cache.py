@@ -1,6 +1,7 @@
 """TurboQuantCache in a model: what it stores, what it returns, and every way transformers drives it."""
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -537,10 +538,13 @@ def test_nothing_warns_in_ordinary_use(rng):
             model(ids)
 
 
-def test_a_gain_in_the_read_out_is_not_applied_twice_after_a_deep_crop(rng):
+@pytest.mark.parametrize("fed", [False, True])
+def test_a_gain_in_the_read_out_is_not_applied_twice_after_a_deep_crop(fed, rng):
     """Tokens restored from their codes and packed again keep their codes and their scales."""
     plain = MapSource("hadamard", 0)(0, 2, 32, torch.device("cpu"))
     gained = LayerMaps(**{**plain.tensors(), "query": 1.3 * plain.query, "output": 1.5 * plain.output})
+    if fed:
+        gained = dataclasses.replace(gained, key_feedback=torch.randn(2, 16, 16, generator=rng) / 16)
     layer = TurboQuantLayer(0, LayerScheme(2, 1), MapSource("hadamard", 0, {0: gained}), WINDOW, SINKS)
     k, v = (torch.randn(1, 2, 300, 32, generator=rng) for _ in range(2))
     layer.update(k, v)

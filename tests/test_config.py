@@ -28,7 +28,7 @@ def test_resolve_spells_every_layer_out():
     ("change", "message"),
     [
         ({"format": "other"}, "format 'turboquant'"),
-        ({"version": 2}, "version 1..1, got 2; upgrade"),
+        ({"version": 3}, "version 1..2, got 3; upgrade"),
         ({"layout_version": 9}, "layout_version 1..2, got 9; upgrade"),
         ({"codec": "qjl"}, "codec 'mse', got 'qjl'"),
         ({"extra": 1}, r"unknown keys \['extra'\]"),

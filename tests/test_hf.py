@@ -39,12 +39,14 @@ def tokens(model, ids):
 
 
 def random_maps(rng: torch.Generator, heads: int = 2, dim: int = 32) -> LayerMaps:
-    """Well-conditioned maps that are no rotations, with shifts."""
+    """Well-conditioned maps that are no rotations, with shifts, and feedback for keys."""
     r = rotations("dense", heads, dim, 7)
     stretch = torch.rand(heads, dim, generator=rng) + 0.5
     key, value = r * stretch[:, None], r / stretch[:, None]
     shift = torch.randn(2, heads, dim, generator=rng)
-    return LayerMaps(key, torch.linalg.inv(key).mT.contiguous(), value, torch.linalg.inv(value), shift[0], shift[1])
+    query, output = torch.linalg.inv(key).mT.contiguous(), torch.linalg.inv(value)
+    feedback = torch.randn(heads, dim // 2, dim // 2, generator=rng) / dim
+    return LayerMaps(key, query, value, output, shift[0], shift[1], feedback)
 
 
 def test_save_load_save_is_stable_and_generates_the_same(tmp_path, rng):
@@ -69,10 +71,27 @@ def test_calibrated_maps_travel_with_the_checkpoint(tmp_path, rng):
     model.save_pretrained(tmp_path / "a")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     for i, layer in again.turboquant.maps.calibrated.items():
+        assert layer.tensors().keys() == maps[i].tensors().keys()
         assert all(torch.equal(t, maps[i].tensors()[name]) for name, t in layer.tensors().items())
+    bare = {i: LayerMaps(**{**m.tensors(), "key_feedback": None}) for i, m in maps.items()}
+    hf.attach(again, again.turboquant.quantization, bare)
+    assert not torch.equal(tokens(again, ids), want)  # the cache really is written with it
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     assert torch.equal(tokens(again, ids), want)
     again.save_pretrained(tmp_path / "b")
     assert (tmp_path / "a" / TRANSFORMS_FILE).read_bytes() == (tmp_path / "b" / TRANSFORMS_FILE).read_bytes()
+
+
+def test_a_checkpoint_of_the_first_version_loads(tmp_path, rng):
+    model, ids = tiny.model(), ids_for(rng)
+    quantize_kv_(model, TurboQuantConfig(bits=2, **SMALL))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["version"] = config["quantization_config"]["kv_cache_scheme"]["version"] = 1
+    path.write_text(json.dumps(config))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(tokens(again, ids), tokens(model, ids))
 
 
 def test_calibrated_maps_are_applied_at_both_ends(rng):
@@ -121,8 +140,8 @@ print(out.tolist() == {want.tolist()}, sum("turboquant" in line for line in line
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(version=2), "version 1, got 2"),
-        (lambda q: q["kv_cache_scheme"].update(version=7), "version 1..1, got 7"),
+        (lambda q: q.update(version=3), "version 1..2, got 3"),
+        (lambda q: q["kv_cache_scheme"].update(version=7), "version 1..2, got 7"),
         (lambda q: q["kv_cache_scheme"].update(codec="polar"), "codec 'mse', got 'polar'"),
         (lambda q: q["kv_cache_scheme"].update(num_layers=4), "3 layers, got one for 4"),
         (lambda q: q["kv_cache_scheme"].update(head_dim=64), "head_dim 32, got one for 64"),

@@ -43,9 +43,12 @@ def call(name: str, rng: torch.Generator) -> tuple[list, dict]:
 NAMES = ["encode", "decode", "append_", "decode_attention", "extend_attention"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name: str, rng: torch.Generator) -> None:
+@pytest.mark.parametrize(
+    ("name", "feedback"), [*((n, ()) for n in NAMES), ("encode", ["feedback"]), ("append_", ["value_feedback"])]
+)
+def test_opcheck(name: str, feedback: list[str], rng: torch.Generator) -> None:
     args, kwargs = call(name, rng)
+    kwargs |= {f: torch.randn(2, DIM // 2, DIM // 2, generator=rng) / DIM for f in feedback}
     torch.library.opcheck(getattr(torch.ops.tq_ao, name).default, tuple(args), kwargs)
 
 

@@ -41,13 +41,42 @@ def test_codes_are_the_nearest_levels_and_scales_least_squares(bits: int, rng: t
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_zero_huge_and_broken_vectors(bits: int) -> None:
+def test_feedback_is_what_the_docstring_says_vector_by_vector(bits: int, rng: torch.Generator) -> None:
+    y = torch.randn(2, 3, 20, 64, generator=rng)
+    feedback = torch.randn(3, 32, 32, generator=rng) / 6
+    codes, scales = reference.quantize(y, bits, feedback)
+    levels = codebook(bits).tensor().double()
+    different = 0
+    for b in range(2):
+        for h in range(3):
+            for n in range(20):
+                even, odd = y[b, h, n, 0::2].double(), y[b, h, n, 1::2].double()
+                whole = y[b, h, n].double()
+                step = whole.abs().max() if bits == 8 else whole.square().mean().sqrt() * codebook(bits).step
+                first = levels[((even / step)[:, None] - levels).abs().argmin(-1)]
+                scale = (even @ first) / (first @ first)
+                target = odd - (scale * first - even).bfloat16().double() @ feedback[h].double()
+                second = levels[((target / scale)[:, None] - levels).abs().argmin(-1)]
+                got = levels[codes[b, h, n].long()]
+                different += int((got[0::2] != first).sum() + (got[1::2] != second).sum())
+                best = (even @ first + target @ second) / (first @ first + second @ second)
+                assert scales[b, h, n].item() == pytest.approx(best.item(), rel=2e-3)
+    assert different <= 8  # of 7680, at thresholds
+    plain, _ = reference.quantize(y, bits)
+    assert torch.equal(codes[..., 0::2], plain[..., 0::2])
+    assert not torch.equal(codes[..., 1::2], plain[..., 1::2])
+
+
+@pytest.mark.parametrize("fed", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_zero_huge_and_broken_vectors(bits: int, fed: bool) -> None:
     y = torch.zeros(5, 64)
     y[1, 3] = 1e4
     y[2] = 3e6  # scale beyond float16
     y[3, 0] = torch.nan
     y[4, 0] = torch.inf
-    _, scales = reference.quantize(y, bits)
+    _, scales = reference.quantize(y[None], bits, torch.eye(32)[None] / 2 if fed else None)
+    scales = scales[0]
     assert scales[0] == 0
     assert scales[1] > 0
     assert scales[2] == 65504

@@ -57,5 +57,7 @@ def test_errors() -> None:
     good = rotation_maps("dense", 2, 64, 0).tensors()
     with pytest.raises(ValueError, match=r"map 'query' to be float32 \(2, 64, 64\)"):
         LayerMaps(**{**good, "query": good["query"][:1]})
+    with pytest.raises(ValueError, match=r"map 'value_feedback' to be float32 \(2, 32, 32\), got .* \(2, 64, 64\)"):
+        LayerMaps(**good, value_feedback=good["value"])
     with pytest.raises(ValueError, match=r"map 'key_shift'.*got torch.float64|map 'key' to be float32"):
         LayerMaps(**{**good, "key": good["key"].double()})

@@ -8,7 +8,7 @@ from tq_ao.codebook import BITS
 from tq_ao.packing import LAYOUT_VERSION
 
 FORMAT = "turboquant"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 EXACT = 16
 TRANSFORMS_FILE = "tq_ao_transforms.safetensors"
 

@@ -35,9 +35,9 @@ class TurboQuantQuantizationConfig(QuantizationConfigMixin):
         self, kv_cache_scheme: dict[str, Any] | None = None, version: int = FORMAT_VERSION, **kwargs: Any
     ) -> None:
         self.quant_method = FORMAT
-        if version != FORMAT_VERSION:
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
-                f"expected turboquant version {FORMAT_VERSION}, got {version!r}; upgrade tq_ao to read this checkpoint"
+                f"expected turboquant version 1..{FORMAT_VERSION}, got {version!r}; upgrade tq_ao to read this checkpoint"
             )
         if kv_cache_scheme is None:
             raise ValueError("quantization_config lacks kv_cache_scheme; convert the model again")

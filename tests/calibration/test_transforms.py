@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tq_ao.calibration.statistics import LayerStatistics, Moments
-from tq_ao.calibration.transforms import KEY_VARIANTS, VALUE_VARIANTS, balance, expected_error, layer_maps, regularized
+from tq_ao.calibration.symmetric import regularized
+from tq_ao.calibration.transforms import KEY_VARIANTS, VALUE_VARIANTS, balance, expected_error, layer_maps
 
 
 def random_moments(rng, heads=2, dim=32):
@@ -52,8 +53,10 @@ def test_maps_of_every_variant_are_inverse_pairs(rng, key_variant, value_variant
     eye = torch.eye(32).expand(2, 32, 32)
     torch.testing.assert_close(maps.key @ maps.query.mT, eye, atol=2e-4, rtol=0)
     torch.testing.assert_close(maps.value @ maps.output, eye, atol=2e-4, rtol=0)
-    assert maps.key_shift.any() == key_variant.endswith("centred")
-    assert maps.value_shift.any() == value_variant.endswith("centred")
+    assert maps.key_shift.any() == key_variant.endswith(("centred", "feedback"))
+    assert maps.value_shift.any() == value_variant.endswith(("centred", "feedback"))
+    assert (maps.key_feedback is None) != key_variant.endswith("feedback")
+    assert (maps.value_feedback is None) != value_variant.endswith("feedback")
 
 
 def test_missing_statistics_say_what_was_collected(rng):

@@ -3,7 +3,8 @@
 With the least-squares scale the levels of a vector are shorter than the vector: E[levels | y] = (1 - mse) y.
 That is best for one vector, but attention reads sums: errors of many values average out while the shrinkage
 stays, and shrunk keys flatten every softmax.  Multiplying `output` by 1 / (1 - mse) makes the sum unbiased;
-keys, where single scores matter too, do best about half way.  The factors live in the maps, so reading costs
+keys, where single scores matter too, do best about half way.  With error feedback half of the dims make up for the
+shrinkage of the others, and half of either correction is best.  The factors live in the maps, so reading costs
 nothing more; they belong to a bit width, so they are applied when the bits are chosen.
 """
 
@@ -32,4 +33,6 @@ def gain(bits: int, role: Role, share: float | None = None) -> float:
 
 def compensated(maps: LayerMaps, k_bits: int, v_bits: int) -> LayerMaps:
     """The maps with `query` and `output` scaled by the gains of their bit widths."""
-    return replace(maps, query=maps.query * gain(k_bits, "key"), output=maps.output * gain(v_bits, "value"))
+    key, value = (SHARE["key"], maps.key_feedback), (SHARE["value"], maps.value_feedback)
+    k, v = (share if feedback is None else share / 2 for share, feedback in (key, value))
+    return replace(maps, query=maps.query * gain(k_bits, "key", k), output=maps.output * gain(v_bits, "value", v))

@@ -10,29 +10,34 @@ against tr Sq tr Sk for a plain rotation.  Values are the same problem with Sv a
 multiplies them: W_o^T W_o, or the loss gradient of the attention output.
 """
 
+from typing import NamedTuple
+
 import torch
 
-from tq_ao.calibration.statistics import LayerStatistics
+from tq_ao.calibration.feedback import fed_back
+from tq_ao.calibration.statistics import LayerStatistics, Moments
+from tq_ao.calibration.symmetric import RIDGE, matrix_power, regularized
 from tq_ao.rotation import LayerMaps, in_one_part, rotations
 
-RIDGE = 1e-2
-KEY_VARIANTS = ("plain", "tokens", "attention", "attention-centred", "fisher", "fisher-centred")
-KEY_CHOICES = ("plain", "attention", "attention-centred", "fisher-centred")
-VALUE_VARIANTS = ("plain", "attention", "attention-centred", "fisher-centred", "fisher-metric-centred")
-VALUE_CHOICES = ("plain", "attention-centred", "fisher-centred")
+KEY_VARIANTS = (
+    "plain", "tokens", "attention", "attention-centred", "fisher", "fisher-centred", "attention-feedback",
+    "fisher-feedback",
+)  # fmt: skip
+KEY_CHOICES = ("plain", "attention-centred", "fisher-centred", "attention-feedback", "fisher-feedback")
+VALUE_VARIANTS = (
+    "plain", "attention", "attention-centred", "fisher-centred", "fisher-metric-centred", "attention-feedback",
+    "fisher-feedback",
+)  # fmt: skip
+VALUE_CHOICES = ("plain", "attention-centred", "fisher-centred", "attention-feedback", "fisher-feedback")
 
 
-def matrix_power(s: torch.Tensor, exponent: float) -> torch.Tensor:
-    """Power of symmetric positive matrices [..., D, D]."""
-    values, vectors = torch.linalg.eigh(s)
-    floor = values.amax(-1, keepdim=True).clamp_min(1e-300) * 1e-14
-    return (vectors * values.clamp_min(floor).pow(exponent).unsqueeze(-2)) @ vectors.mT
+class Side(NamedTuple):
+    """Maps of keys or of values: what encodes, what reads (LayerMaps.query or .output), shift and feedback."""
 
-
-def regularized(s: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
-    """s plus `ridge` times its mean eigenvalue on the diagonal, scaled to mean eigenvalue 1."""
-    mean = s.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-300)
-    return s / mean + ridge * torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
+    map: torch.Tensor
+    reader: torch.Tensor
+    shift: torch.Tensor
+    feedback: torch.Tensor | None = None
 
 
 def balance(stored: torch.Tensor, reader: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
@@ -64,41 +69,35 @@ def _trace(s: torch.Tensor) -> torch.Tensor:
     return s.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def key_maps(
-    statistics: LayerStatistics, variant: str, rotation: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(key, query, key_shift) of a variant in KEY_VARIANTS, float32; rotation is [H, D, D].
+def key_maps(statistics: LayerStatistics, variant: str, rotation: torch.Tensor) -> Side:
+    """Maps of a variant in KEY_VARIANTS, float32; rotation is [H, D, D].
 
     Raises:
         ValueError: unknown variant, or one whose statistics were not collected.
     """
     if variant == "plain":
         key, inverse = in_one_part(rotation)
-        return key, inverse.mT.contiguous(), rotation.new_zeros(rotation.shape[:2])
-    weighting, _, centred = variant.partition("-")
+        return Side(key, inverse.mT.contiguous(), rotation.new_zeros(rotation.shape[:2]))
+    weighting, _, rest = variant.partition("-")
     k, q = _moments(statistics, "k", weighting, variant), _moments(statistics, "q", weighting, variant)
-    a = balance(k.covariance(bool(centred)), q.covariance(False))
-    shift = k.mean().float() if centred else rotation.new_zeros(rotation.shape[:2])
-    key, inverse = in_one_part(a @ rotation.double().cpu())
-    return key.to(rotation.device), inverse.mT.contiguous().to(rotation.device), shift.to(rotation.device)
+    side = _side(k, q.covariance(False), rest, rotation)
+    return side._replace(reader=side.reader.mT.contiguous())
 
 
-def value_maps(
-    statistics: LayerStatistics, variant: str, rotation: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(value, output, value_shift) of a variant in VALUE_VARIANTS, float32; rotation is [H, D, D].
+def value_maps(statistics: LayerStatistics, variant: str, rotation: torch.Tensor) -> Side:
+    """Maps of a variant in VALUE_VARIANTS, float32; rotation is [H, D, D].
 
     "attention*" read through W_o^T W_o; "fisher-metric-centred" pairs attention-weighted values with the gradient's
-    second moment; "fisher-centred" weights the values by the Fisher information too.
+    second moment; "fisher-centred" and "fisher-feedback" weight the values by the Fisher information too.
 
     Raises:
         ValueError: unknown variant, or one whose statistics were not collected.
     """
     if variant == "plain":
-        return *in_one_part(rotation), rotation.new_zeros(rotation.shape[:2])
-    centred = variant.endswith("centred")
-    v = _moments(statistics, "v", "fisher" if variant == "fisher-centred" else "attention", variant)
-    if variant.startswith("fisher"):
+        return Side(*in_one_part(rotation), rotation.new_zeros(rotation.shape[:2]))
+    weighting, _, rest = variant.partition("-")
+    v = _moments(statistics, "v", "attention" if rest.startswith("metric") else weighting, variant)
+    if weighting == "fisher":
         reader = _moments(statistics, "g", "fisher", variant).covariance(False)
     elif statistics.readout is not None:
         reader = statistics.readout
@@ -106,17 +105,33 @@ def value_maps(
         raise ValueError(
             f"value maps {variant!r} need W_o^T W_o, which was not found in this model; use 'fisher-centred'"
         )
-    a = balance(v.covariance(centred), reader)
-    shift = v.mean().float() if centred else rotation.new_zeros(rotation.shape[:2])
-    value, output = in_one_part(a @ rotation.double().cpu())
-    return value.to(rotation.device), output.to(rotation.device), shift.to(rotation.device)
+    return _side(v, reader, rest, rotation)
 
 
-def _moments(statistics: LayerStatistics, what: str, weighting: str, variant: str):  # type: ignore[no-untyped-def]
+def _side(stored: Moments, reader: torch.Tensor, kind: str, rotation: torch.Tensor) -> Side:
+    """Maps for vectors with `stored` moments; kind is "" (not centred), "...centred" or "feedback" (centred too)."""
+    feedback = None
+    if kind == "feedback":
+        a, feedback = fed_back(stored.covariance(True), reader)
+        feedback = feedback.to(rotation.device)
+    else:
+        a = balance(stored.covariance(bool(kind)), reader) @ rotation.double().cpu()
+    map, inverse = (m.to(rotation.device) for m in in_one_part(a))
+    shift = stored.mean().float() if kind else rotation.new_zeros(rotation.shape[:2])
+    return Side(map, inverse, shift.to(rotation.device), feedback)
+
+
+def _moments(statistics: LayerStatistics, what: str, weighting: str, variant: str) -> Moments:
     if (what, weighting) not in statistics.moments:
         have = sorted({w for _, w in statistics.moments})
         raise ValueError(f"maps {variant!r} need {weighting!r} statistics of {what!r}; collected: {have}")
     return statistics.moments[what, weighting]
+
+
+def joined(key: Side, value: Side) -> LayerMaps:
+    """A layer's maps from those of its sides."""
+    tensors = key.map, key.reader, value.map, value.reader, key.shift, value.shift
+    return LayerMaps(*(t.contiguous() for t in tensors), key.feedback, value.feedback)
 
 
 def layer_maps(
@@ -125,9 +140,4 @@ def layer_maps(
     """Calibrated maps of a layer, followed by the same random rotation plain TurboQuant would use."""
     some = next(iter(statistics.moments.values()))
     rotation = rotations(kind, *some.first.shape, seed).to(some.first.device)
-    key, query, key_shift = key_maps(statistics, key_variant, rotation)
-    value, output, value_shift = value_maps(statistics, value_variant, rotation)
-    return LayerMaps(
-        key=key.contiguous(), query=query.contiguous(), value=value.contiguous(), output=output.contiguous(),
-        key_shift=key_shift.contiguous(), value_shift=value_shift.contiguous(),
-    )  # fmt: skip
+    return joined(key_maps(statistics, key_variant, rotation), value_maps(statistics, value_variant, rotation))

@@ -11,7 +11,7 @@ from tq_ao.calibration.gain import compensated
 from tq_ao.calibration.journal import Journal
 from tq_ao.calibration.sensitivity import bar, device_of, side_delta
 from tq_ao.calibration.statistics import LayerStatistics
-from tq_ao.calibration.transforms import KEY_CHOICES, VALUE_CHOICES, key_maps, value_maps
+from tq_ao.calibration.transforms import KEY_CHOICES, VALUE_CHOICES, joined, key_maps, value_maps
 from tq_ao.evaluation.metrics import SKIP
 from tq_ao.rotation import LayerMaps
 
@@ -33,13 +33,12 @@ def candidates(
     plain: LayerMaps, statistics: LayerStatistics, key_variants: Sequence[str], value_variants: Sequence[str]
 ) -> dict[tuple[str, str], LayerMaps]:
     """(side, variant) -> maps whose other side is plain; the plain rotation follows every calibrated map."""
+    key, value = key_maps(statistics, "plain", plain.key), value_maps(statistics, "plain", plain.value)
     found = {}
     for variant in key_variants:
-        key, query, shift = key_maps(statistics, variant, plain.key)
-        found["key", variant] = LayerMaps(key, query, plain.value, plain.output, shift, plain.value_shift)
+        found["key", variant] = joined(key_maps(statistics, variant, plain.key), value)
     for variant in value_variants:
-        value, output, shift = value_maps(statistics, variant, plain.value)
-        found["value", variant] = LayerMaps(plain.key, plain.query, value, output, plain.key_shift, shift)
+        found["value", variant] = joined(key, value_maps(statistics, variant, plain.value))
     return found
 
 
@@ -93,7 +92,5 @@ def _best(
 
     key_variant = min(key_variants, key=lambda variant: relative("key", variant))
     value_variant = min(value_variants, key=lambda variant: relative("value", variant))
-    built = candidates(plain, statistics, [key_variant], [value_variant])
-    k, v = built["key", key_variant], built["value", value_variant]
-    maps = LayerMaps(*(t.contiguous() for t in (k.key, k.query, v.value, v.output, k.key_shift, v.value_shift)))
+    maps = joined(key_maps(statistics, key_variant, plain.key), value_maps(statistics, value_variant, plain.value))
     return Choice(layer, maps, key_variant, value_variant, scores)

@@ -37,7 +37,8 @@ class TurboQuantQuantizationConfig(QuantizationConfigMixin):
         self.quant_method = FORMAT
         if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
-                f"expected turboquant version 1..{FORMAT_VERSION}, got {version!r}; upgrade tq_ao to read this checkpoint"
+                f"expected turboquant version 1..{FORMAT_VERSION}, got {version!r}; "
+                "upgrade tq_ao to read this checkpoint"
             )
         if kv_cache_scheme is None:
             raise ValueError("quantization_config lacks kv_cache_scheme; convert the model again")

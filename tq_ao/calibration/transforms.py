@@ -130,8 +130,11 @@ def _moments(statistics: LayerStatistics, what: str, weighting: str, variant: st
 
 def joined(key: Side, value: Side) -> LayerMaps:
     """A layer's maps from those of its sides."""
-    tensors = key.map, key.reader, value.map, value.reader, key.shift, value.shift
-    return LayerMaps(*(t.contiguous() for t in tensors), key.feedback, value.feedback)
+    return LayerMaps(
+        key=key.map.contiguous(), query=key.reader.contiguous(), value=value.map.contiguous(),
+        output=value.reader.contiguous(), key_shift=key.shift.contiguous(), value_shift=value.shift.contiguous(),
+        key_feedback=key.feedback, value_feedback=value.feedback,
+    )  # fmt: skip
 
 
 def layer_maps(

@@ -15,6 +15,7 @@ from tq_ao.calibration.repair import Repair, repair
 from tq_ao.calibration.sensitivity import Metric, Table, bar, device_of, sensitivity
 from tq_ao.calibration.statistics import LayerStatistics, accumulate, readout_gram
 from tq_ao.calibration.target import describe, losses, meet
+from tq_ao.calibration.transforms import KEY_CHOICES, VALUE_CHOICES
 from tq_ao.calibration.variants import Choice, choose_variants
 from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.metrics import SKIP, Metrics
@@ -105,7 +106,7 @@ def calibrate(
         )
     say = report or (lambda message: None)
     recall = windows[:0] if recall is None else recall
-    settings = (recall.shape[0], maps, metric, window, sinks, seed, widths)
+    settings = (recall.shape[0], maps, metric, window, sinks, seed, widths, KEY_CHOICES, VALUE_CHOICES)
     log = Journal(journal, _fingerprint(model, torch.cat([windows, recall]), *settings)) if journal else None
     shape = Shape({i: tuple(m.key_shift.shape) for i, m in layers.items()})  # type: ignore[misc]
     device = device_of(model)

@@ -2,6 +2,7 @@
 
     y = (x - shift) @ map      c = clamp(floor(y / (sigma * step))) + 1/2      scale = <y, c> / <c, c>
 
+With error feedback the even dims of y are quantised first and the odd ones make up for their error (`pack.quantize`).
 What is written where is decided on the device from `length` and `start`, so a captured CUDA graph replays correctly.
 """
 
@@ -9,8 +10,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .mapped import largest, load_map, load_rows, map_operands, map_parts, mapped, minus_shift, shift_operand, times_map
-from .pack import arrange, get_words, put_scales, put_words, quantize, token_order
+from .mapped import (
+    arranged,
+    largest,
+    load_map,
+    load_rows,
+    map_operands,
+    map_parts,
+    mapped,
+    minus_shift,
+    shift_operand,
+    times_map,
+)
+from .pack import arrange, get_words, load_feedback, put_scales, put_words, quantize, token_order
 
 TILE = 32
 WIDE = 200  # KiB of shared memory: a chip with wgmma or tcgen05
@@ -43,12 +55,12 @@ def _counts(length, start, b, q, sinks, window):
 
 @triton.jit
 def _put_half(
-    y, words0, scale0, half, unit, words, scales, w_st, s_st, order, tile, left,
+    y, operand, words0, scale0, half, unit, words, scales, w_st, s_st, order, tile, left,
     D: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
-    FUSED: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Quantise half a block; the second half is stored with the first, words0 and scale0.  Returns its own."""
-    codes, scale1 = quantize(y, D, BITS, STEP, FUSED)
+    codes, scale1 = quantize(y, operand, D, BITS, STEP, OPERAND)
     words1 = get_words(codes, BITS, KEY)
     if half % 2 == 1:
         at = tile.to(tl.int64)
@@ -59,7 +71,7 @@ def _put_half(
 
 @triton.jit(do_not_specialize=["n", "tiles"])
 def encode_kernel(
-    x, ring, words, scales, map, shift, length, start,
+    x, ring, words, scales, map, shift, feedback, length, start,
     x_sb, x_sh, x_sn, r_sb, r_sh, r_sn, w_sb, w_sh, w_st, s_sb, s_sh, s_st,
     heads, n, tiles, capacity, sinks, window, blocks,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr,
@@ -74,7 +86,7 @@ def encode_kernel(
     Grid: (B * H, chunks); a program encodes up to `blocks` blocks of TILES tiles, half a block (16 tokens of each tile)
     at a time.  Up to D = 128 its map stays in shared memory (WHOLE); at D = 256 the high part does where it fits
     (HALVES: two of 128 rows, for a bf16 x); others are streamed.  AHEAD: tokens that are on their way to L2 while the
-    map is prepared.
+    map is prepared.  feedback: of all heads, or None.
     """
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
@@ -98,7 +110,7 @@ def encode_kernel(
         count = (n + 31) // 32
     WHOLE: tl.constexpr = DP <= 128
     SPLIT: tl.constexpr = HALVES and x.dtype.element_ty == tl.bfloat16
-    FUSED: tl.constexpr = OPERAND == tl.bfloat16
+    FEEDBACK: tl.constexpr = feedback is not None
     first = tl.program_id(1) * blocks
     last = tl.minimum(first + blocks, (count + TILES - 1) // TILES)
     if first < last:
@@ -110,6 +122,9 @@ def encode_kernel(
             else:
                 wanted = early < n
             _prefetch(x + early.to(tl.int64) * x_sn, wanted, D)
+        operand = None
+        if FEEDBACK:
+            operand = load_feedback(feedback, h, D, DP, KEY, OPERAND)
         unit = 1.0
         if WHOLE or SPLIT:
             dims = tl.arange(0, DP)
@@ -120,14 +135,14 @@ def encode_kernel(
             unit = tl.where((top > 0) & (least == top), top, 1.0)
             inverse = 1.0 / unit
             if WHOLE:
-                high, low = map_parts(arrange(load_map(map, 0, D, DP, DP), KEY), unit, inverse)
+                high, low = map_parts(arranged(map, 0, D, DP, DP, KEY, FEEDBACK), unit, inverse)
                 map_has_low = largest(low) > 0
                 m_high, m_low = high.to(tl.bfloat16).to(OPERAND), low.to(tl.bfloat16).to(OPERAND)
                 has_shift = tl.max(tl.abs(tl.load(shift + dims, mask=dims < D, other=0.0)), axis=0) > 0
                 shifted = tl.zeros([DP], tl.float32)
                 if has_shift:
                     for k in range(0, DP, KC):
-                        k_high, k_low = map_operands(arrange(load_map(map, k, D, DP, KC), KEY), unit, inverse, OPERAND)
+                        k_high, k_low = map_operands(arranged(map, k, D, DP, KC, KEY, FEEDBACK), unit, inverse, OPERAND)
                         part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
                         shifted += tl.sum(part[:, None] * (k_high.to(tl.float32) + k_low.to(tl.float32)), axis=0)
             else:
@@ -138,11 +153,11 @@ def encode_kernel(
                     remainder = tl.maximum(remainder, largest(low))
                     part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
                     products += part[:, None] * (high + low.to(tl.bfloat16).to(tl.float32))
-                shifted = tl.reshape(arrange(tl.sum(products, axis=0)[None, :], KEY), [DP])
+                shifted = tl.reshape(arrange(tl.sum(products, axis=0)[None, :], KEY, FEEDBACK), [DP])
                 minus = shift_operand(shifted, OPERAND)
                 map_has_low = remainder > 0
-                m_high, _low = map_operands(arrange(load_map(map, 0, D, DP, 128), KEY), unit, inverse, OPERAND)
-                m2_high, _low2 = map_operands(arrange(load_map(map, 128, D, DP, 128), KEY), unit, inverse, OPERAND)
+                m_high, _low = map_operands(arranged(map, 0, D, DP, 128, KEY, FEEDBACK), unit, inverse, OPERAND)
+                m2_high, _low2 = map_operands(arranged(map, 128, D, DP, 128, KEY, FEEDBACK), unit, inverse, OPERAND)
         # Blocks begin .. end - 1 are whole and all in x; those before and after them need masks or the ring.
         begin = last
         end = last
@@ -184,13 +199,13 @@ def encode_kernel(
                 if map_has_low:
                     for k in range(0, DP, KC):
                         chunk = load_rows(rows, ok, k, D, KC)
-                        _high, rest = map_operands(arrange(load_map(map, k, D, DP, KC), KEY), unit, inverse, OPERAND)
+                        _high, rest = map_operands(arranged(map, k, D, DP, KC, KEY, FEEDBACK), unit, inverse, OPERAND)
                         y = tl.dot(chunk.to(OPERAND), rest, y, input_precision="ieee")
             else:
-                y = mapped(rows, ok, map, shift, D, DP, KEY, KC, OPERAND)
+                y = mapped(rows, ok, map, shift, D, DP, KEY, FEEDBACK, KC, OPERAND)
             words0, scale0 = _put_half(
-                y, words0, scale0, half, unit, words, scales, w_st, s_st, order, tile, left,
-                D, BITS, KEY, STEP, TILES, FUSED,
+                y, operand, words0, scale0, half, unit, words, scales, w_st, s_st, order, tile, left,
+                D, BITS, KEY, STEP, TILES, OPERAND,
             )  # fmt: skip
         if WHOLE or SPLIT:
             rows = x + order * x_sn
@@ -207,8 +222,8 @@ def encode_kernel(
                     y = tl.dot(load_rows(here, always, 0, D, 128).to(OPERAND), m_high, y, input_precision="ieee")
                     y = tl.dot(load_rows(here, always, 128, D, 128).to(OPERAND), m2_high, y, input_precision="ieee")
                 words0, scale0 = _put_half(
-                    y, words0, scale0, half, unit, words, scales, w_st, s_st, order, tile, TILES,
-                    D, BITS, KEY, STEP, TILES, FUSED,
+                    y, operand, words0, scale0, half, unit, words, scales, w_st, s_st, order, tile, TILES,
+                    D, BITS, KEY, STEP, TILES, OPERAND,
                 )  # fmt: skip
 
 
@@ -262,7 +277,7 @@ def write_kernel(
 
 @triton.jit
 def _step_side(
-    x, sink, ring, words, scales, map, shift, q, skip, before, old, new, tiles,
+    x, sink, ring, words, scales, map, shift, feedback, h, q, skip, before, old, new, tiles,
     x_sn, k_sn, r_sn, w_st, s_st, sinks, capacity,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr, Q: tl.constexpr,
     KC: tl.constexpr, OPERAND: tl.constexpr,
@@ -277,8 +292,11 @@ def _step_side(
         t = sinks + old + token
         kept = t < before
         rows = tl.where(kept, ring + (old + token) % capacity * r_sn, x + (t - before + skip) * x_sn)
-        y = mapped(rows, token < 32, map, shift, D, DP, KEY, KC, OPERAND)
-        codes, scale = quantize(y, D, BITS, STEP, OPERAND == tl.bfloat16)
+        y = mapped(rows, token < 32, map, shift, D, DP, KEY, feedback is not None, KC, OPERAND)
+        operand = None
+        if feedback is not None:
+            operand = load_feedback(feedback, h, D, DP, KEY, OPERAND)
+        codes, scale = quantize(y, operand, D, BITS, STEP, OPERAND)
         codes0, codes1 = tl.split(tl.permute(tl.reshape(codes, [2, 16, DP]), (1, 2, 0)))
         scale0, scale1 = tl.split(tl.permute(tl.reshape(scale, [2, 16]), (1, 0)))
         tile = old // 32
@@ -292,7 +310,7 @@ def _step_side(
 @triton.jit(do_not_specialize=["k_tiles", "v_tiles"])
 def step_kernel(
     k, v, k_sinks, v_sinks, k_recent, v_recent, k_words, k_scales, v_words, v_scales,
-    key_map, key_shift, value_map, value_shift, length, start,
+    key_map, key_shift, key_feedback, value_map, value_shift, value_feedback, length, start,
     k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, e_sb, e_sh, e_sn, r_sb, r_sh, r_sn,
     kw_sb, kw_sh, kw_st, ks_sb, ks_sh, ks_st, vw_sb, vw_sh, vw_st, vs_sb, vs_sh, vs_st,
     heads, q, k_tiles, v_tiles, capacity, sinks, window,
@@ -312,15 +330,15 @@ def step_kernel(
     if tl.program_id(1) == 0:
         _step_side(
             k + b * k_sb + h * k_sh, k_sinks + at_sink, k_recent + at_ring, k_words + b * kw_sb + h * kw_sh,
-            k_scales + b * ks_sb + h * ks_sh, key_map + h * D * D, key_shift + h * D, q, skip, before, old, new,
-            k_tiles, k_sn, e_sn, r_sn, kw_st, ks_st, sinks, capacity,
+            k_scales + b * ks_sb + h * ks_sh, key_map + h * D * D, key_shift + h * D, key_feedback, h,
+            q, skip, before, old, new, k_tiles, k_sn, e_sn, r_sn, kw_st, ks_st, sinks, capacity,
             D, DP, K_BITS, True, K_STEP, Q, KC, OPERAND,
         )  # fmt: skip
     else:
         _step_side(
             v + b * v_sb + h * v_sh, v_sinks + at_sink, v_recent + at_ring, v_words + b * vw_sb + h * vw_sh,
-            v_scales + b * vs_sb + h * vs_sh, value_map + h * D * D, value_shift + h * D, q, skip, before, old, new,
-            v_tiles, v_sn, e_sn, r_sn, vw_st, vs_st, sinks, capacity,
+            v_scales + b * vs_sb + h * vs_sh, value_map + h * D * D, value_shift + h * D, value_feedback, h,
+            q, skip, before, old, new, v_tiles, v_sn, e_sn, r_sn, vw_st, vs_st, sinks, capacity,
             D, DP, V_BITS, False, V_STEP, Q, KC, OPERAND,
         )  # fmt: skip
 
@@ -342,16 +360,27 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _contiguous(feedback: torch.Tensor | None) -> torch.Tensor | None:
+    return None if feedback is None else feedback.contiguous()
+
+
 def padded_dim(dim: int) -> int:
     return max(32, triton.next_power_of_2(dim))
 
 
-def launch_options(dim: int, shared: int) -> dict[str, int]:
+def launch_options(dim: int, shared: int, feedback: bool) -> dict[str, int]:
     """Block sizes of `encode_kernel` on a chip with `shared` KiB of shared memory in a multiprocessor."""
-    options = {"TILES": 4, "KC": 32, "num_warps": 4 if shared >= WIDE else 8, "HALVES": False}
+    wide = shared >= WIDE
+    options = {"TILES": 4, "KC": 32, "num_warps": 4 if wide else 8, "HALVES": False}
     if dim > 128:
-        return {**options, "HALVES": dim == 256 and shared >= 160, "num_stages": 2 if shared >= WIDE else 1}
-    return {**options, "num_stages": 3 if dim == padded_dim(dim) else 2}
+        halves = dim == 256 and shared >= (WIDE if feedback else 160)
+        if halves and feedback:  # no room for two stages of rows: twice the rows and warps instead
+            return {**options, "HALVES": True, "TILES": 8, "num_warps": 8, "num_stages": 1}
+        return {**options, "HALVES": halves, "num_stages": 2 if wide else 1}
+    stages = 3 if dim == padded_dim(dim) else 2
+    if feedback and dim > 64:  # the feedback has the room of a stage of rows
+        stages = 2 if shared >= 160 else 1
+    return {**options, "num_stages": stages}
 
 
 def shared_kib(device: torch.device) -> int:
@@ -361,17 +390,17 @@ def shared_kib(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor // 1024
 
 
-def _encode_many(x, ring, codes, scales, map, shift, length, start, tiles, sinks, window, key, book):
+def _encode_many(x, ring, codes, scales, map, shift, feedback, length, start, tiles, sinks, window, key, book):
     """Launch `encode_kernel` over at most `tiles` tiles per row and head."""
     batch, heads, n, dim = x.shape
     words = _words(codes, scales)
-    options = launch_options(dim, shared_kib(x.device))
+    options = launch_options(dim, shared_kib(x.device), feedback is not None)
     blocks = triton.cdiv(tiles, options["TILES"])
     cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
     resident = 4 if dim <= 64 else 2 if dim <= 128 else 1  # programs to a multiprocessor
     per_program = max(1, triton.cdiv(blocks * batch * heads, resident * cores))
     encode_kernel[(batch * heads, triton.cdiv(blocks, per_program))](
-        x, ring, words, scales, map, shift, length, start,
+        x, ring, words, scales, map, shift, feedback, length, start,
         *x.stride()[:3], *(ring.stride()[:3] if ring is not None else (0, 0, 0)), *words.stride()[:3],
         *scales.stride()[:3],
         heads, n, codes.shape[2], ring.shape[2] if ring is not None else 1, sinks, window, per_program,
@@ -381,7 +410,7 @@ def _encode_many(x, ring, codes, scales, map, shift, length, start, tiles, sinks
 
 
 def encode(
-    x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, book, role: str
+    x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, book, role: str, feedback: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Map, quantise and pack x, as `reference.encode`.
 
@@ -390,6 +419,7 @@ def encode(
         map, shift: float32 [H, D, D] and [H, D].
         book: codebook with fields bits and step.
         role: "key" or "value".
+        feedback: float32 [H, D / 2, D / 2], multiplied as bf16, or None.
 
     Returns:
         codes uint8 [B, H, T, 32 * D * bits / 8] and scales float16 [B, H, T, 32], T = ceil(N / 32).
@@ -400,8 +430,8 @@ def encode(
     scales = torch.empty(batch, heads, tiles, TILE, dtype=torch.float16, device=x.device)
     if codes.numel():
         x = _unit_stride(x)
-        map, shift = map.contiguous(), shift.contiguous()
-        _encode_many(x, None, codes, scales, map, shift, None, None, tiles, 0, 0, role == "key", book)
+        map, shift, feedback = map.contiguous(), shift.contiguous(), _contiguous(feedback)
+        _encode_many(x, None, codes, scales, map, shift, feedback, None, None, tiles, 0, 0, role == "key", book)
     return codes, scales
 
 
@@ -410,7 +440,8 @@ def append_(
     k_sinks: torch.Tensor, v_sinks: torch.Tensor, k_recent: torch.Tensor, v_recent: torch.Tensor,
     k: torch.Tensor, v: torch.Tensor, length: torch.Tensor, start: torch.Tensor,
     key_map: torch.Tensor, key_shift: torch.Tensor, value_map: torch.Tensor, value_shift: torch.Tensor,
-    window: int, key_book, value_book,
+    window: int, key_book, value_book, key_feedback: torch.Tensor | None = None,
+    value_feedback: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Append tokens to a layer's cache in place, as `reference.append_`, without a host synchronisation.
 
@@ -432,14 +463,15 @@ def append_(
             f"expected new tokens of the ring's dtype {k_recent.dtype}, got {k.dtype} and {v.dtype}; convert them first"
         )
     k, v = _unit_stride(k), _unit_stride(v)
-    maps = [m.contiguous() for m in (key_map, key_shift, value_map, value_shift)]
+    key = key_map.contiguous(), key_shift.contiguous(), _contiguous(key_feedback)
+    value = value_map.contiguous(), value_shift.contiguous(), _contiguous(value_feedback)
     padded = padded_dim(dim)
     if q <= STEP_TOKENS:
         k_words, v_words = _words(k_codes, k_scales), _words(v_codes, v_scales)
         step_kernel[(batch * heads, 2)](
-            k, v, k_sinks, v_sinks, k_recent, v_recent, k_words, k_scales, v_words, v_scales, *maps, length, start,
-            *k.stride()[:3], *v.stride()[:3], *k_sinks.stride()[:3], *k_recent.stride()[:3], *k_words.stride()[:3],
-            *k_scales.stride()[:3], *v_words.stride()[:3], *v_scales.stride()[:3],
+            k, v, k_sinks, v_sinks, k_recent, v_recent, k_words, k_scales, v_words, v_scales, *key, *value,
+            length, start, *k.stride()[:3], *v.stride()[:3], *k_sinks.stride()[:3], *k_recent.stride()[:3],
+            *k_words.stride()[:3], *k_scales.stride()[:3], *v_words.stride()[:3], *v_scales.stride()[:3],
             heads, q, k_codes.shape[2], v_codes.shape[2], capacity, sinks, window,
             D=dim, DP=padded, K_BITS=key_book.bits, V_BITS=value_book.bits, K_STEP=key_book.step,
             V_STEP=value_book.step, Q=triton.next_power_of_2(q), KC=32, OPERAND=_operand(),
@@ -447,10 +479,8 @@ def append_(
         )  # fmt: skip
         return
     tiles = triton.cdiv(q, TILE)
-    _encode_many(k, k_recent, k_codes, k_scales, maps[0], maps[1], length, start, tiles, sinks, window, True, key_book)
-    _encode_many(
-        v, v_recent, v_codes, v_scales, maps[2], maps[3], length, start, tiles, sinks, window, False, value_book
-    )
+    _encode_many(k, k_recent, k_codes, k_scales, *key, length, start, tiles, sinks, window, True, key_book)
+    _encode_many(v, v_recent, v_codes, v_scales, *value, length, start, tiles, sinks, window, False, value_book)
     if k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()
     rows = 32

@@ -43,6 +43,14 @@ def load_map(map, first, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def arranged(
+    map, first, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, KEY: tl.constexpr, FEEDBACK: tl.constexpr
+):
+    """`load_map` with its columns in the order of the product's."""
+    return arrange(load_map(map, first, D, DP, ROWS), KEY, FEEDBACK)
+
+
+@triton.jit
 def largest(x):
     return tl.max(tl.reshape(tl.abs(x), [x.shape[0] * x.shape[1]]), axis=0)
 
@@ -89,7 +97,8 @@ def times_map(x, m_high, m_low, map_has_low, OPERAND: tl.constexpr):
 @triton.jit
 def mapped(
     rows, ok, map, shift,
-    D: tl.constexpr, DP: tl.constexpr, KEY: tl.constexpr, KC: tl.constexpr, OPERAND: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, KEY: tl.constexpr, FEEDBACK: tl.constexpr, KC: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):  # fmt: skip
     """y [N, DP] = (rows - shift) @ map, zero where not ok, columns as `arrange`d; KC rows of the map at a time."""
     y = tl.zeros([rows.shape[0], DP], tl.float32)
@@ -98,7 +107,7 @@ def mapped(
         offset = tl.load(shift + first + tl.arange(0, KC), mask=first + tl.arange(0, KC) < D, other=0.0)
         delta = tl.where(ok[:, None], x.to(tl.float32) - offset[None, :], 0.0)
         x_high, x_low = two_parts(delta, OPERAND)
-        m_high, m_low = map_operands(arrange(load_map(map, first, D, DP, KC), KEY), 1.0, 1.0, OPERAND)
+        m_high, m_low = map_operands(arranged(map, first, D, DP, KC, KEY, FEEDBACK), 1.0, 1.0, OPERAND)
         y = tl.dot(x_low, m_high, y, input_precision="ieee")
         y = tl.dot(x_high, m_low, y, input_precision="ieee")
         y = tl.dot(x_high, m_high, y, input_precision="ieee")

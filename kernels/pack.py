@@ -1,7 +1,9 @@
 """Quantise and pack in registers.
 
 Rows and columns of the product that comes before are permuted (`token_order`, `arrange`) so that its accumulator holds
-whole packed words: with four warps and 64 rows a warp owns half a tile, and no code changes its thread.
+whole packed words: with four warps and 64 rows a warp owns half a tile, and no code changes its thread.  With error
+feedback a thread holds even and odd dims as the halves of its registers, and the error of the even ones is already an
+operand of tensor cores.
 """
 
 import triton
@@ -23,46 +25,121 @@ def token_order(TILES: tl.constexpr, KEY: tl.constexpr):
 
 
 @triton.jit
-def arrange(m, KEY: tl.constexpr):
+def arrange(m, KEY: tl.constexpr, FEEDBACK: tl.constexpr):
     """The columns of a map in the order of the product's: values have their dims in order, (group m1 m0 g12 g0), keys
-    (group jj byte1 t byte0).
+    (group jj byte1 t byte0).  With feedback the even dims come first: (g0 group m1 g12 m0), (byte0 group jj t byte1).
 
     Bits 1 and 2 of a column are lanes of a warp, the others are registers.
     """
-    if KEY:
+    if FEEDBACK:
+        if KEY:
+            x = tl.permute(tl.reshape(m, [m.shape[0], m.shape[1] // 2, 2]), (0, 2, 1))
+        else:
+            x = tl.permute(tl.reshape(m, [m.shape[0], m.shape[1] // 16, 2, 4, 2]), (0, 4, 1, 3, 2))
+        m = tl.reshape(x, m.shape)
+    elif KEY:
         m = tl.permute(tl.reshape(m, [m.shape[0], m.shape[1] // 16, 4, 2, 2]), (0, 1, 3, 2, 4))
         m = tl.reshape(m, [m.shape[0], m.shape[1] * 16])
     return m
 
 
 @triton.jit
-def quantize(y, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, FUSED: tl.constexpr):
-    """y [N, DP] float32, zero beyond D -> codes and scales.
+def load_feedback(feedback, h, D: tl.constexpr, DP: tl.constexpr, KEY: tl.constexpr, OPERAND: tl.constexpr):
+    """Feedback of head h as dot operand [DP / 2, DP / 2], rows and columns in the order of half a product's."""
+    HALF: tl.constexpr = DP // 2
+    half = tl.arange(0, HALF)
+    if not KEY:
+        half = half // 8 * 8 + half % 2 * 4 + half // 2 % 4
+    inside = half < D // 2
+    at = feedback + h * (D // 2) * (D // 2) + (half[:, None] * (D // 2) + half[None, :])
+    f = tl.load(at, mask=inside[:, None] & inside[None, :], other=0.0)
+    return f.to(tl.bfloat16).to(OPERAND)
 
-    Codes are int32 [N, DP], below 8 bits with the exponent of the float they were rounded in (`put_words` takes it off
-    whole words); scales are float32 [N].
-    """
+
+@triton.jit
+def _inverse_step(y, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr):
+    """What `_nearest` takes for steps of sigma * STEP, sigma that of the vectors y [N, DP]."""
     if BITS == 8:
         inverse = 127.0 / tl.maximum(tl.max(tl.abs(y), axis=1), 1e-30)
-        rounded = y * inverse[:, None] + 12582912.0  # 1.5 * 2**23: rounds to nearest even
-        c = rounded - 12582912.0
-        product = 127.0 * tl.sum(y * c, axis=1)
-        square = tl.maximum(tl.sum(c * c, axis=1), 1e-30)
     else:
-        # Level c is (code - TOP / 2), so code = round(clamp(y / (sigma * step) + TOP / 2, 0, TOP)).  Clamping to 0 .. 1
-        # costs nothing (a saturating multiply-add), and a tie at y = 0 rounds to the even number, code 2 ** (BITS - 1).
+        inverse = tl.rsqrt(tl.maximum(tl.sum(y * y, axis=1), 1e-37)) * (D**0.5 / (STEP * ((1 << BITS) - 1)))
+    return inverse
+
+
+@triton.jit
+def _nearest(y, inverse, BITS: tl.constexpr, CLAMP: tl.constexpr, FUSED: tl.constexpr):
+    """The floats y [N, C] is rounded in, whose lowest bits are the codes, and the levels c.
+
+    inverse [N] is 1 / step, below 8 bits divided by the number of steps between the outermost levels.  CLAMP is for 8
+    bits only: False where the largest entry gave the step.
+    """
+    if BITS == 8:
+        share = y * inverse[:, None]
+        if CLAMP:
+            share = tl.minimum(tl.maximum(share, -127.0), 127.0)
+        rounded = share + 12582912.0  # 1.5 * 2**23: rounds to nearest even
+        c = rounded - 12582912.0
+    else:
+        # Level c is (code - TOP / 2), so code = round(clamp(y / step + TOP / 2, 0, TOP)).  Clamping to 0 .. 1 costs
+        # nothing (a saturating multiply-add), and a tie at y = 0 rounds to the even number, code 2 ** (BITS - 1).
         MAGIC: tl.constexpr = 8388608.0 + (BITS == 1)
         TOP: tl.constexpr = (1 << BITS) - 1
-        # 1 / (sigma * step * TOP)
-        inverse = tl.rsqrt(tl.maximum(tl.sum(y * y, axis=1), 1e-37)) * (D**0.5 / (STEP * TOP))
         share = tl.minimum(tl.maximum(y * inverse[:, None] + 0.5, 0.0), 1.0)
         rounded = share * TOP + MAGIC
         if FUSED:  # one operation: 2**23 * (1 - 2**-24) is the half that no float near 2**23 has
             c = tl.fma(rounded, 1.0 - 2.0**-24, 0.5 - 0.5 * TOP - MAGIC)
         else:
             c = (rounded - MAGIC) - 0.5 * TOP
+    return rounded, c
+
+
+@triton.jit
+def _products(y, c, D: tl.constexpr, BITS: tl.constexpr):
+    """<y, level> and <level, level>, whose quotient is the scale, over D dims; those beyond D are zeros."""
+    if BITS == 8:
+        product = 127.0 * tl.sum(y * c, axis=1)
+        square = tl.maximum(tl.sum(c * c, axis=1), 1e-30)
+    else:
         product = tl.sum(y * c, axis=1)
         square = tl.sum(c * c, axis=1) - 0.25 * (y.shape[1] - D)
+    return product, square
+
+
+@triton.jit
+def _join_halves(even, odd):
+    """What belongs to even and odd dims, [N, DP / 2] each, in the order that `arrange` has without feedback."""
+    x = tl.reshape(tl.join(even, odd), [even.shape[0], even.shape[1] // 8, 4, 2, 2])
+    return tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), [even.shape[0], even.shape[1] * 2])
+
+
+@triton.jit
+def quantize(y, feedback, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, OPERAND: tl.constexpr):
+    """y [N, DP] float32, zero beyond D, `arrange`d -> codes and scales.
+
+    Codes are int32 [N, DP] in the order without feedback, below 8 bits with the exponent of the float they were rounded
+    in (`put_words` takes it off whole words); scales are float32 [N].  feedback is an operand of `load_feedback`, or
+    None: with it the even dims are rounded first, and their error is multiplied from the registers that hold it.
+    """
+    FUSED: tl.constexpr = OPERAND == tl.bfloat16
+    inverse = _inverse_step(y, D, BITS, STEP)
+    if feedback is None:
+        rounded, c = _nearest(y, inverse, BITS, False, FUSED)
+        product, square = _products(y, c, D, BITS)
+    else:
+        even, odd = tl.split(tl.permute(tl.reshape(y, [y.shape[0], 2, y.shape[1] // 2]), (0, 2, 1)))
+        rounded0, c = _nearest(even, inverse, BITS, False, FUSED)
+        product0, square0 = _products(even, c, D // 2, BITS)
+        step = product0 / square0 / (127 if BITS == 8 else 1)
+        error = even - c * step[:, None]
+        if not FUSED:  # the interpreter's conversion truncates
+            error = (error.to(tl.int32, bitcast=True) + 32768 & -65536).to(tl.float32, bitcast=True)
+        odd = tl.dot(error.to(tl.bfloat16).to(OPERAND), feedback, odd, input_precision="ieee")
+        STEPS: tl.constexpr = 1 if BITS == 8 else (1 << BITS) - 1
+        rounded1, c = _nearest(odd, 1.0 / (tl.maximum(step, 1e-30) * STEPS), BITS, True, FUSED)
+        product1, square1 = _products(odd, c, D // 2, BITS)
+        rounded = _join_halves(rounded0, rounded1)
+        product = product0 + product1
+        square = square0 + square1
     codes = rounded.to(tl.int32, bitcast=True)
     return codes & 255 if BITS == 8 else codes, product / square
 

@@ -33,18 +33,21 @@ def copy_bandwidth() -> float:
     return 2 * x.nbytes / time_calls([lambda: y.copy_(x)], 10)["us_median"] / 1e3
 
 
-def encode_row(head_dim: int, bits: int, role: Role, kind: str, shifted: bool, copy: float) -> dict:
+def encode_row(head_dim: int, bits: int, role: Role, kind: str, shifted: bool, fed: bool, copy: float) -> dict:
     maps = rotation_maps(kind, HEADS, head_dim, 0).to("cuda")
     shift = torch.randn(HEADS, head_dim, device="cuda") if shifted else maps.key_shift
+    square = torch.randn(HEADS, head_dim // 2, head_dim // 2, device="cuda") / head_dim**0.5
+    feedback = square.bfloat16().float() if fed else None
     x = [torch.randn(1, HEADS, TOKENS, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    times = time_calls([partial(ops.encode, one, maps.key, shift, bits, role) for one in x])
-    codes, scales = ops.encode(x[0], maps.key, shift, bits, role)
-    want, _ = reference.encode(x[0][:, :1], maps.key[:1], shift[:1], bits, role)
+    times = time_calls([partial(ops.encode, one, maps.key, shift, bits, role, feedback=feedback) for one in x])
+    codes, scales = ops.encode(x[0], maps.key, shift, bits, role, feedback=feedback)
+    first = None if feedback is None else feedback[:1]
+    want, _ = reference.encode(x[0][:, :1], maps.key[:1], shift[:1], bits, role, first)
     differ = (unpack(codes[:, :1], bits, head_dim, role) != unpack(want, bits, head_dim, role)).float().mean().item()
     rate = (x[0].nbytes + codes.nbytes + scales.nbytes) / times["us_median"] / 1e3
     return {
-        "head_dim": head_dim, "bits": bits, "role": role, "map": kind, "shifted": shifted, "tokens": TOKENS,
-        "kv_heads": HEADS, **times, "gb_s": round(rate, 1), "percent_of_copy": round(100 * rate / copy, 1),
+        "head_dim": head_dim, "bits": bits, "role": role, "map": kind, "shifted": shifted, "feedback": fed,
+        "tokens": TOKENS, "kv_heads": HEADS, **times, "gb_s": round(rate, 1), "percent_of_copy": round(100 * rate / copy, 1),
         "codes_differing": differ,
     }  # fmt: skip
 
@@ -87,17 +90,18 @@ def main() -> None:
         return row
 
     print(f"{result['device']}: copy {copy:.0f} GB/s")
-    shapes = [(128, "hadamard", False, (1, 2, 3, 4, 8)), (64, "hadamard", False, (3,)), (256, "hadamard", False, (3,))]
-    shapes += [(head_dim, "dense", True, (3,)) for head_dim in (64, 128, 256)]  # what a calibrated model has
-    for head_dim, kind, shifted, bits in shapes:
-        for one in bits:
-            for role in ROLES:
-                row = add("encode", encode_row(head_dim, one, role, kind, shifted, copy))
-                what = f"{head_dim} {one} bits {role:5} {kind + ' shifted' * shifted:16}"
-                print(
-                    f"encode D {what} {row['us_median']:7.1f} us "
-                    f"{row['percent_of_copy']:5.1f} % of copy, {row['codes_differing']:.1e} of the codes differ"
-                )
+    shapes = [(128, bits, "hadamard", False, False) for bits in (1, 2, 3, 4, 8)]
+    shapes += [(head_dim, 3, "hadamard", False, False) for head_dim in (64, 256)]
+    # What a calibrated model has.
+    shapes += [(head_dim, 3, "dense", True, fed) for fed in (False, True) for head_dim in (64, 128, 256)]
+    for head_dim, bits, kind, shifted, fed in shapes:
+        for role in ROLES:
+            row = add("encode", encode_row(head_dim, bits, role, kind, shifted, fed, copy))
+            what = f"{head_dim} {bits} bits {role:5} {kind + ' shifted' * shifted + ' feedback' * fed:25}"
+            print(
+                f"encode D {what} {row['us_median']:7.1f} us "
+                f"{row['percent_of_copy']:5.1f} % of copy, {row['codes_differing']:.1e} of the codes differ"
+            )
     for length, q_len in ((8192, 128), (8192, 1024), (32768, 1024), (32768, 4096)):
         row = add("extend", extend_row(length, q_len, 3))
         print(

@@ -23,8 +23,17 @@ def empty_cache(
     return state
 
 
-def maps(heads: int, dim: int, rng: torch.Generator) -> LayerMaps:
-    """Dense rotations with a mild stretch, so that key and query (value and output) maps differ, and small shifts."""
+def _feedback(heads: int, half: int, rng: torch.Generator) -> torch.Tensor:
+    """A random feedback matrix, large enough to change many codes, in numbers that bfloat16 has."""
+    noise = torch.randn(heads, half, half, generator=rng) * (0.3 / half**0.5)
+    return (0.7 * torch.eye(half) + noise).bfloat16().float()
+
+
+def maps(heads: int, dim: int, rng: torch.Generator, feedback: bool = False) -> LayerMaps:
+    """Dense rotations with a mild stretch, so that key and query (value and output) maps differ, and small shifts.
+
+    feedback: with random feedback matrices, of keys and of values.
+    """
     r = rotations("dense", heads, dim, int(torch.randint(2**31, (), generator=rng)))
     stretch = 0.5 + torch.rand(heads, 1, dim, generator=rng)
     shift = torch.randn(2, heads, dim, generator=rng) / 4
@@ -37,6 +46,8 @@ def maps(heads: int, dim: int, rng: torch.Generator) -> LayerMaps:
         output=inverse.mT.contiguous(),
         key_shift=shift[0],
         value_shift=shift[1],
+        key_feedback=_feedback(heads, dim // 2, rng) if feedback else None,
+        value_feedback=_feedback(heads, dim // 2, rng) if feedback else None,
     )
 
 

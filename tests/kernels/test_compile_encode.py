@@ -26,8 +26,8 @@ TYPES = {
 }  # fmt: skip
 TYPES |= dict.fromkeys("x q ring k v k_new v_new k_sinks v_sinks k_recent v_recent".split(), "*bf16")
 TYPES |= dict.fromkeys(
-    "map shift key_map value_map unit bias out lse query_map key_shift output_map value_shift o_exact lse_exact "
-    "o_packed lse_packed".split(),
+    "map shift feedback key_map value_map key_feedback value_feedback unit bias out lse query_map key_shift output_map "
+    "value_shift o_exact lse_exact o_packed lse_packed".split(),
     "*fp32",
 )
 
@@ -40,11 +40,21 @@ MAIN = [
     {"kernel": "packed", "dim": 64, "bits": [4, 2], "arch": 90, "key": True},
     {"kernel": "packed", "dim": 128, "bits": [3, 3], "arch": 80, "key": True},
     {"kernel": "exact", "dim": 128, "bits": [3, 3], "arch": 90, "key": True},
+    *(
+        {"kernel": "encode", "dim": 128, "bits": [b, b], "arch": 90, "key": b % 2 == 1, "feedback": True}
+        for b in (2, 3, 4)
+    ),
+    {"kernel": "encode", "dim": 64, "bits": [3, 3], "arch": 90, "key": False, "feedback": True},
+    {"kernel": "step", "dim": 128, "bits": [3, 2], "arch": 90, "key": True, "feedback": True},
 ]
 FIT = [  # chips on which the map of D = 256 stays in shared memory, and on which it does not
     {"kernel": "encode", "dim": 256, "bits": [3, 3], "arch": 90, "key": False},
     {"kernel": "encode", "dim": 256, "bits": [3, 3], "arch": 89, "key": True},
     {"kernel": "encode", "dim": 128, "bits": [3, 3], "arch": 120, "key": False},
+    *(
+        {"kernel": kernel, "dim": dim, "bits": [3, 3], "arch": arch, "key": False, "feedback": True}
+        for kernel, dim, arch in [("encode", 256, 90), ("encode", 256, 89), ("encode", 128, 89), ("step", 256, 89)]
+    ),
 ]
 
 
@@ -54,7 +64,9 @@ def drawn(seed: int) -> list[dict]:
 
     def case(kernel: str, k: int = 3, v: int = 3) -> dict:
         dim, arch = generator.choice([64, 96, 128, 256]), generator.choice([80, 90])
-        return {"kernel": kernel, "dim": dim, "bits": [k, v], "arch": arch, "key": generator.random() < 0.5}
+        key, feedback = (generator.random() < 0.5 for _ in range(2))
+        feedback &= kernel in ("encode", "step")
+        return {"kernel": kernel, "dim": dim, "bits": [k, v], "arch": arch, "key": key, "feedback": feedback}
 
     values = generator.sample([1, 2, 3, 4, 8], 5)
     cases = [case("encode", b, b) for b in (1, 2, 3, 4, 8)]
@@ -81,12 +93,14 @@ def _compile(case: dict):
     if case["kernel"] in ("encode", "step", "write"):
         fn = getattr(encode, f"{case['kernel']}_kernel")
         if case["kernel"] == "encode":
-            options = encode.launch_options(dim, SHARED[arch])
+            options = encode.launch_options(dim, SHARED[arch], case.get("feedback", False))
         constants |= {
             "BITS": k_bits, "KEY": case["key"], "STEP": key.step, "RING": case["key"], "AHEAD": 256, "Q": 1,
             "ROWS": 32, "K_BITS": k_bits, "V_BITS": v_bits, "K_STEP": key.step, "V_STEP": value.step,
         }  # fmt: skip
         optional = () if case["key"] or case["kernel"] != "encode" else ("ring", "length", "start")
+        if not case.get("feedback"):
+            optional = (*optional, "feedback", "key_feedback", "value_feedback")
     else:
         fn = getattr(extend_attention, f"{case['kernel']}_kernel")
         k_type, v_type, _ = extend_attention.operands(torch.bfloat16, False)
@@ -181,7 +195,7 @@ def test_every_kernel_fits_its_chip(reports: list[dict]) -> None:
 
 
 def test_measured_configurations_do_not_spill_in_their_loop(reports: list[dict]) -> None:
-    main = [r for r in reports if any(all(r[k] == case[k] for k in case) for case in MAIN)]
+    main = [r for r in reports if any(all(r.get(k) == case[k] for k in case) for case in MAIN)]
     assert len(main) >= len(MAIN)
     for report in main:
         assert report["loop_spills"] <= 8, report  # a few addresses, of more than a thousand instructions
@@ -189,7 +203,9 @@ def test_measured_configurations_do_not_spill_in_their_loop(reports: list[dict])
 
 def test_other_configurations_spill_little(reports: list[dict]) -> None:
     for report in reports:
-        assert report["LDL"] + report["STL"] <= 0.05 * report["instructions"], report
+        # At D = 256 a thread has 128 numbers, and words of the first half of a block: at 8 bits 64 of them.
+        share = 0.1 if (report["kernel"], report["dim"]) == ("encode", 256) else 0.05
+        assert report["LDL"] + report["STL"] <= share * report["instructions"], report
 
 
 def test_products_run_on_tensor_cores_and_levels_are_made_two_at_a_time(reports: list[dict]) -> None:
@@ -204,11 +220,13 @@ def test_products_run_on_tensor_cores_and_levels_are_made_two_at_a_time(reports:
 def test_codes_stay_in_the_registers_of_the_product(reports: list[dict]) -> None:
     """Whole prefills at D = 128 on Hopper: the loop over half blocks, 64 numbers to a thread."""
     main = [r for r in reports if (r["kernel"], r["dim"], r["arch"]) == ("encode", 128, 90) and max(r["bits"]) < 8]
-    assert len(main) >= 3
+    assert len(main) >= 6
     for report in main:
         # About 11 to a number run (quantising 8, packing 1); the others are a second part of the map, a shift, and
         # what is done once for two halves.  Comparing with thresholds and gathering codes took 23 to 35.
-        assert report["loop"] <= 16 * 64, report
+        # Feedback takes 2 more (the error of half the numbers, in bf16, and halves that are reduced one by one), and no
+        # more stores: the error goes from the accumulator of one product into the next in registers.
+        assert report["loop"] <= (18 if report.get("feedback") else 16) * 64, report
         # Scales, and what else is done once for two halves; codes would take 16 and more.
         assert report["loop_stores"] <= 8 and report["loop_barriers"] <= 6, report
         # Two programs to a multiprocessor, so that one quantises while the other multiplies.

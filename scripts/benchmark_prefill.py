@@ -47,8 +47,8 @@ def encode_row(head_dim: int, bits: int, role: Role, kind: str, shifted: bool, f
     rate = (x[0].nbytes + codes.nbytes + scales.nbytes) / times["us_median"] / 1e3
     return {
         "head_dim": head_dim, "bits": bits, "role": role, "map": kind, "shifted": shifted, "feedback": fed,
-        "tokens": TOKENS, "kv_heads": HEADS, **times, "gb_s": round(rate, 1), "percent_of_copy": round(100 * rate / copy, 1),
-        "codes_differing": differ,
+        "tokens": TOKENS, "kv_heads": HEADS, **times, "gb_s": round(rate, 1),
+        "percent_of_copy": round(100 * rate / copy, 1), "codes_differing": differ,
     }  # fmt: skip
 
 

@@ -55,6 +55,7 @@ def test_prefill_tables():
     sides: dict[str, list[dict]] = {}
     for row in result["encode"]:
         what = f"D {row['head_dim']}, {row['bits']} bits, {row['map']}{', shifted' * row['shifted']}"
+        what += ", feedback" * row["feedback"]
         sides.setdefault(what, []).append(row)
     want = [
         f"| {what} | {k['us_median']:.1f} / {v['us_median']:.1f} | "

@@ -12,10 +12,12 @@ a write through one is not seen by a read through the other.  No error, no warni
 """
 
 import copy
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import layer_state
 import pytest
 import torch
 import torch.nn.functional as F
@@ -134,8 +136,10 @@ def test_writing_a_graph_input_one_way_and_reading_it_the_other_is_stale(
 
 
 def cache_layer(rng: torch.Generator, tokens: int = 95) -> TurboQuantLayer:
-    """The cache's own static layer after a prefill."""
-    layer = TurboQuantLayer(0, LayerScheme(3, 2), MapSource("hadamard", 0), window=32, sinks=4, max_cache_len=256)
+    """The cache's own static layer after a prefill, with calibrated maps: feedback for keys, none for values."""
+    maps = dataclasses.replace(layer_state.maps(2, 64, rng, feedback=True), value_feedback=None)
+    source = MapSource("hadamard", 0, {0: maps})
+    layer = TurboQuantLayer(0, LayerScheme(3, 2), source, window=32, sinks=4, max_cache_len=256)
     layer.guards_length = True
     layer.update(randn(rng, 2, 2, tokens, 64), randn(rng, 2, 2, tokens, 64))
     return layer

@@ -24,7 +24,7 @@ PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_lloyd_max_rounding_is_nearest_and_least_squares(bits, rng):
-    y = torch.randn(500, 128, generator=rng) * torch.rand(500, 1, generator=rng) * 9
+    y = torch.randn(5000, 128, generator=rng) * torch.rand(5000, 1, generator=rng) * 9
     seen = lloyd_max_rounded(y, bits)
     error = ((seen - y).square().sum(-1) / y.square().sum(-1)).mean().item()
     assert error == pytest.approx(gaussian_mse(lloyd_max(bits)), rel=0.05)

@@ -9,6 +9,8 @@ operand of tensor cores.
 import triton
 import triton.language as tl
 
+LEAST = tl.constexpr(0.75)  # of `reference`
+
 
 @triton.jit
 def token_order(TILES: tl.constexpr, KEY: tl.constexpr):
@@ -129,12 +131,13 @@ def quantize(y, feedback, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexp
         even, odd = tl.split(tl.permute(tl.reshape(y, [y.shape[0], 2, y.shape[1] // 2]), (0, 2, 1)))
         rounded0, c = _nearest(even, inverse, BITS, False, FUSED)
         product0, square0 = _products(even, c, D // 2, BITS)
-        step = product0 / square0 / (127 if BITS == 8 else 1)
+        STEPS: tl.constexpr = 1 if BITS == 8 else (1 << BITS) - 1
+        least = tl.where(inverse < 1e15, LEAST / tl.maximum(inverse * STEPS, 1e-30), 0.0)  # zeros stay zeros
+        step = tl.maximum(product0 / square0 / (127 if BITS == 8 else 1), least)
         error = even - c * step[:, None]
         if not FUSED:  # the interpreter's conversion truncates
             error = (error.to(tl.int32, bitcast=True) + 32768 & -65536).to(tl.float32, bitcast=True)
         odd = tl.dot(error.to(tl.bfloat16).to(OPERAND), feedback, odd, input_precision="ieee")
-        STEPS: tl.constexpr = 1 if BITS == 8 else (1 << BITS) - 1
         rounded1, c = _nearest(odd, 1.0 / (tl.maximum(step, 1e-30) * STEPS), BITS, True, FUSED)
         product1, square1 = _products(odd, c, D // 2, BITS)
         rounded = _join_halves(rounded0, rounded1)

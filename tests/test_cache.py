@@ -4,13 +4,14 @@ import copy
 import dataclasses
 import warnings
 
+import layer_state
 import pytest
 import tiny
 import torch
 from transformers import DynamicCache, StaticCache
 from transformers.generation.configuration_utils import CompileConfig
 
-from tq_ao import LayerMaps, TurboQuantCache, TurboQuantConfig, TurboQuantTensor, quantize_kv_
+from tq_ao import LayerMaps, TurboQuantCache, TurboQuantConfig, TurboQuantTensor, quantize_kv_, reference
 from tq_ao.cache_layer import TurboQuantLayer
 from tq_ao.config import LayerScheme
 from tq_ao.rotation import MapSource
@@ -538,13 +539,31 @@ def test_nothing_warns_in_ordinary_use(rng):
             model(ids)
 
 
+@pytest.mark.parametrize("chunks", [(300,), (150, 1, 149)])
+def test_each_side_is_packed_with_its_own_feedback(chunks, rng):
+    maps = layer_state.maps(2, 32, rng, feedback=True)
+    layer = TurboQuantLayer(0, LayerScheme(3, 2), MapSource("hadamard", 0, {0: maps}), WINDOW, SINKS)
+    k, v = (torch.randn(1, 2, 300, 32, generator=rng) for _ in range(2))
+    for new in zip(k.split(chunks, 2), v.split(chunks, 2), strict=True):
+        layer.update(*new)
+    tiles = (300 - WINDOW - SINKS) // 32
+    sides = (
+        (k, maps.key, maps.key_shift, 3, "key", maps.key_feedback, layer.k_codes),
+        (v, maps.value, maps.value_shift, 2, "value", maps.value_feedback, layer.v_codes),
+    )
+    for x, *given, codes in sides:
+        want, _ = reference.encode(x[:, :, SINKS : SINKS + 32 * tiles], *given)
+        assert (codes[:, :, :tiles] != want).float().mean() < 0.002
+
+
 @pytest.mark.parametrize("fed", [False, True])
 def test_a_gain_in_the_read_out_is_not_applied_twice_after_a_deep_crop(fed, rng):
     """Tokens restored from their codes and packed again keep their codes and their scales."""
     plain = MapSource("hadamard", 0)(0, 2, 32, torch.device("cpu"))
     gained = LayerMaps(**{**plain.tensors(), "query": 1.3 * plain.query, "output": 1.5 * plain.output})
     if fed:
-        gained = dataclasses.replace(gained, key_feedback=torch.randn(2, 16, 16, generator=rng) / 16)
+        other = layer_state.maps(2, 32, rng, feedback=True)
+        gained = dataclasses.replace(gained, key_feedback=other.key_feedback, value_feedback=other.value_feedback)
     layer = TurboQuantLayer(0, LayerScheme(2, 1), MapSource("hadamard", 0, {0: gained}), WINDOW, SINKS)
     k, v = (torch.randn(1, 2, 300, 32, generator=rng) for _ in range(2))
     layer.update(k, v)

@@ -39,14 +39,14 @@ def tokens(model, ids):
 
 
 def random_maps(rng: torch.Generator, heads: int = 2, dim: int = 32) -> LayerMaps:
-    """Well-conditioned maps that are no rotations, with shifts, and feedback for keys."""
+    """Well-conditioned maps that are no rotations, with shifts and feedback."""
     r = rotations("dense", heads, dim, 7)
     stretch = torch.rand(heads, dim, generator=rng) + 0.5
     key, value = r * stretch[:, None], r / stretch[:, None]
     shift = torch.randn(2, heads, dim, generator=rng)
     query, output = torch.linalg.inv(key).mT.contiguous(), torch.linalg.inv(value)
-    feedback = torch.randn(heads, dim // 2, dim // 2, generator=rng) / dim
-    return LayerMaps(key, query, value, output, shift[0], shift[1], feedback)
+    feedback = torch.randn(2, heads, dim // 2, dim // 2, generator=rng) / dim
+    return LayerMaps(key, query, value, output, shift[0], shift[1], feedback[0], feedback[1])
 
 
 def test_save_load_save_is_stable_and_generates_the_same(tmp_path, rng):

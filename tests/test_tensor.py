@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import layer_state
 import pytest
 import torch
 from packed_layer import PackedLayer
@@ -48,6 +49,17 @@ def assert_same(a: TurboQuantTensor, b: TurboQuantTensor) -> None:
     assert a.dtype == b.dtype
     for name in names:
         assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_from_hp_rounds_with_the_feedback_of_its_role(role: Role, rng: torch.Generator) -> None:
+    maps = layer_state.maps(2, 64, rng, feedback=True)
+    x = randn(rng, 1, 2, 64, 64)
+    side = (maps.key, maps.key_shift) if role == "key" else (maps.value, maps.value_shift)
+    feedback = maps.key_feedback if role == "key" else maps.value_feedback
+    got = TurboQuantTensor.from_hp(x, 3, role, maps)
+    assert torch.equal(got.codes, reference.encode(x, *side, 3, role, feedback)[0])
+    assert not torch.equal(got.codes, reference.encode(x, *side, 3, role)[0])
 
 
 @pytest.fixture

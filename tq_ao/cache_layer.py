@@ -223,7 +223,7 @@ class TurboQuantLayer(CacheLayerMixin):
 
         Up to 32 tokens cost nothing.  Beyond that, in one call or in several, tokens that fall back into the
         window but exist only as codes return to the ring as their reconstruction; packing them again yields the
-        same codes.
+        same codes, but for a few in a thousand with error feedback.
 
         Raises:
             ValueError: a positive number, or more tokens than the layer holds (a static layer, whose length is on

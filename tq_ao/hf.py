@@ -242,7 +242,7 @@ def _find_transforms(config: PreTrainedConfig, name: str, folder: Path | None) -
 
 
 def save_transforms(path: str | Path, calibrated: Mapping[int, LayerMaps]) -> None:
-    """Write calibrated maps: one float32 tensor `layers.<i>.<name>` per map or shift (names of LayerMaps)."""
+    """Write calibrated maps: one float32 tensor `layers.<i>.<name>` per map, shift or feedback (names of LayerMaps)."""
     tensors = {
         f"layers.{i}.{name}": t.cpu().contiguous()
         for i, maps in calibrated.items()

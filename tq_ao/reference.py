@@ -14,7 +14,8 @@ A packed vector is y = (x - shift) @ map, stored as codes c and one fp16 scale s
 Codes are the nearest levels of y / (sigma * step) with sigma = |y| / sqrt(D) and the codebook's step (at 8 bits:
 sigma = max|y|); then s = <y, level> / <level, level>, the least-squares scale, where the paper stores the norm.
 With error feedback F, calibrated maps only, the even dims of y are rounded first; their least-squares scale s1 gives
-the error e = s1 * level - y_even, and the odd dims that are rounded next, to multiples of s1, are y_odd - e @ F.
+the error e = s1 * level - y_even, and the odd dims, rounded next to multiples of s1, are y_odd - e @ F; s is fitted to
+what was rounded.  (s1 is at least LEAST * sigma * step: even dims may be nearly empty.)
 What can be asserted bitwise: pack/unpack; codes and scales given the same float32 y.  Rotations computed
 by different kernels differ in the last ulp, so a few codes in 10^4 land on the other side of a threshold.
 """
@@ -25,6 +26,8 @@ import torch
 
 from tq_ao.codebook import ROLES, Role, codebook
 from tq_ao.packing import TILE, pack, tile_bytes, unpack
+
+LEAST = 0.75  # the scale of even dims, of what the whole vector's length gives; ordinary vectors have 0.8 to 1.3
 
 
 def bits_of(codes: torch.Tensor, head_dim: int) -> int:
@@ -68,7 +71,7 @@ def quantize(y: torch.Tensor, bits: int, feedback: torch.Tensor | None = None) -
     else:
         even, odd = y[..., 0::2], y[..., 1::2]
         c_even = _nearest(even, scale, bits)
-        scale = _least_squares(even, c_even)
+        scale = torch.maximum(_least_squares(even, c_even), LEAST * scale.clamp_max(1e30))
         error = (c_even * scale - even).bfloat16().float()  # an operand of the kernels' tensor cores
         odd = odd - error @ feedback
         c = torch.stack([c_even, _nearest(odd, scale, bits)], -1).flatten(-2)

@@ -2,16 +2,21 @@
 
 import importlib
 import json
+from dataclasses import replace
 
+import layer_state
 import pytest
 import tiny
 import torch
 
 from tq_ao.calibration.calibrate import calibrate
+from tq_ao.calibration.decoders import refit
+from tq_ao.calibration.gain import SHARE, compensated, gain
 from tq_ao.calibration.journal import Journal
 from tq_ao.calibration.sensitivity import METRICS, sensitivity
 from tq_ao.evaluation.ranking import correlations, spearman
 from tq_ao.evaluation.setup import plain_maps
+from tq_ao.evaluation.simulate import LayerPlan
 
 
 @pytest.fixture
@@ -39,6 +44,42 @@ def test_every_metric_scores_every_place_and_falls_with_bits(metric, windows):
     table = sensitivity(model, windows[:1], plain_maps(model, [0, 2]), metric, bits=(1, 4), window=16, sinks=2)
     assert set(table) == {(i, side, b) for i in (0, 2) for side in ("key", "value") for b in (1, 4)}
     assert all(table[i, side, 4] < table[i, side, 1] for i in (0, 2) for side in ("key", "value"))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_rounds_with_the_feedback_of_each_side(metric, windows, rng):
+    """A map with feedback is scored as the cache would use it: other than without, on the side that has it only."""
+    model, fed = tiny.model(), layer_state.maps(2, 32, rng, feedback=True)
+
+    def table(maps):
+        return sensitivity(model, windows[:1], {1: maps}, metric, bits=(3,), window=16, sinks=2)
+
+    bare = table(replace(fed, key_feedback=None, value_feedback=None))
+    for side in ("key", "value"):
+        got = table(replace(fed, **{f"{other}_feedback": None for other in ("key", "value") if other != side}))
+        changed = {place for place in got if got[place] != bare[place]}
+        assert changed == {(1, side, 3)}
+
+
+def test_refitted_decoders_are_those_of_the_codes_with_feedback(windows, rng):
+    model, fed = tiny.model(), layer_state.maps(2, 32, rng, feedback=True)
+    for side, name in (("key", "query"), ("value", "output")):
+        bare = replace(fed, **{f"{side}_feedback": None})
+        found = [
+            getattr(refit(model, windows[:1], {1: LayerPlan(2, 2, m)}, window=16, sinks=2, sides=(side,))[1], name)
+            for m in (fed, bare)
+        ]
+        assert not torch.equal(*found)
+
+
+def test_gains_are_halved_where_there_is_feedback(rng):
+    fed = replace(layer_state.maps(2, 32, rng, feedback=True), value_feedback=None)
+    found = compensated(fed, 2, 3)
+    torch.testing.assert_close(found.query, fed.query * gain(2, "key", SHARE["key"] / 2))
+    torch.testing.assert_close(found.output, fed.output * gain(3, "value", SHARE["value"]))
+    other = compensated(replace(fed, key_feedback=None, value_feedback=fed.key_feedback), 2, 3)
+    torch.testing.assert_close(other.query, fed.query * gain(2, "key", SHARE["key"]))
+    torch.testing.assert_close(other.output, fed.output * gain(3, "value", SHARE["value"] / 2))
 
 
 def test_unknown_metric_names_the_known_ones(windows):

@@ -59,6 +59,14 @@ def test_maps_of_every_variant_are_inverse_pairs(rng, key_variant, value_variant
     assert (maps.value_feedback is None) != value_variant.endswith("feedback")
 
 
+@pytest.mark.parametrize("variant", ["attention-typo", "fisher-metric-feedback", "Plain"])
+def test_unknown_variants_are_refused(rng, variant):
+    with pytest.raises(ValueError, match=f"expected a variant of key maps in .*got '{variant}'"):
+        layer_maps(statistics(rng), variant, "plain", seed=0)
+    with pytest.raises(ValueError, match=f"expected a variant of value maps in .*got '{variant}'"):
+        layer_maps(statistics(rng), "plain", variant, seed=0)
+
+
 def test_missing_statistics_say_what_was_collected(rng):
     found = LayerStatistics()
     found.add("k", "tokens", torch.randn(1, 2, 8, 32, generator=rng), torch.ones(1, 2, 8))

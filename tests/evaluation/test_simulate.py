@@ -1,5 +1,6 @@
 """The one-pass simulation reads packed copies exactly where decoding would, for every kind of attention."""
 
+import layer_state
 import pytest
 import tiny
 import torch
@@ -8,6 +9,7 @@ from tq_ao.calibration.capture import exact, trace
 from tq_ao.calibration.gain import compensated, gain
 from tq_ao.evaluation.setup import plain_maps
 from tq_ao.evaluation.simulate import LayerPlan, mixed_attention, requantize_layer
+from tq_ao.reference import rounded
 
 
 def slow(call, k_hat, v_hat, window, sinks):
@@ -61,3 +63,13 @@ def test_gain_makes_the_levels_of_a_gaussian_as_long_as_the_vector(rng):
         assert slope.item() == pytest.approx(1.0, abs=0.03)
         assert 1 < gain(bits, "key") < gain(bits, "value")
     assert gain(8, "value") == gain(16, "key") == 1
+
+
+def test_each_side_is_requantized_with_its_own_feedback(rng):
+    maps = layer_state.maps(2, 32, rng, feedback=True)
+    k, v = (torch.randn(1, 2, 50, 32, generator=rng) for _ in range(2))
+    k_hat, v_hat = requantize_layer(k, v, LayerPlan(3, 2, maps))
+    y = rounded((k - maps.key_shift[:, None]) @ maps.key, 3, maps.key_feedback)
+    torch.testing.assert_close(k_hat, y @ maps.query.mT + maps.key_shift[:, None])
+    y = rounded((v - maps.value_shift[:, None]) @ maps.value, 2, maps.value_feedback)
+    torch.testing.assert_close(v_hat, y @ maps.output + maps.value_shift[:, None])

@@ -95,6 +95,18 @@ def test_whole_blocks_with_feedback_equal_the_reference(
     assert_same_tiles(got, want, dim, role, feedback=True)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_empty_even_dims_with_feedback_equal_the_reference(bits: int, rng: torch.Generator) -> None:
+    dim = 64
+    maps = layer_state.maps(1, dim, rng, feedback=True).to(DEVICE)
+    y = torch.randn(1, 1, 64, dim, generator=rng)
+    y[..., 0::2] *= torch.tensor([0.01, 0.1]).repeat(32)[:, None]
+    x = y.to(DEVICE) @ torch.linalg.inv(maps.key) + maps.key_shift[:, None]
+    got = triton_encode.encode(x, maps.key, maps.key_shift, codebook(bits), "key", maps.key_feedback)
+    want = reference.encode(x, maps.key, maps.key_shift, bits, "key", maps.key_feedback)
+    assert_same_tiles(got, want, dim, "key", 4e-3, feedback=True)
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_feedback_changes_the_codes_of_odd_dims_only(role: str, rng: torch.Generator) -> None:
     dim, bits = 64, 3

@@ -4,12 +4,14 @@ With the least-squares scale the levels of a vector are shorter than the vector:
 That is best for one vector, but attention reads sums: errors of many values average out while the shrinkage
 stays, and shrunk keys flatten every softmax.  Multiplying `output` by 1 / (1 - mse) makes the sum unbiased;
 keys, where single scores matter too, do best about half way.  With error feedback half of the dims make up for the
-shrinkage of the others, and half of either correction is best.  The factors live in the maps, so reading costs
+shrinkage of the others, so either correction is halved.  The factors live in the maps, so reading costs
 nothing more; they belong to a bit width, so they are applied when the bits are chosen.
 """
 
 from dataclasses import replace
 from functools import lru_cache
+
+import torch
 
 from tq_ao.codebook import Role, codebook, even_levels, gaussian_mse
 from tq_ao.config import EXACT
@@ -33,6 +35,9 @@ def gain(bits: int, role: Role, share: float | None = None) -> float:
 
 def compensated(maps: LayerMaps, k_bits: int, v_bits: int) -> LayerMaps:
     """The maps with `query` and `output` scaled by the gains of their bit widths."""
-    key, value = (SHARE["key"], maps.key_feedback), (SHARE["value"], maps.value_feedback)
-    k, v = (share if feedback is None else share / 2 for share, feedback in (key, value))
+    k, v = _share("key", maps.key_feedback), _share("value", maps.value_feedback)
     return replace(maps, query=maps.query * gain(k_bits, "key", k), output=maps.output * gain(v_bits, "value", v))
+
+
+def _share(role: Role, feedback: torch.Tensor | None) -> float:
+    return SHARE[role] if feedback is None else SHARE[role] / 2

@@ -123,14 +123,14 @@ def _weight(model: torch.nn.Module, maps: Mapping[int, LayerMaps], bits: Sequenc
         m = maps[layer]
         heads, dim = m.key_shift.shape
         zero = torch.zeros_like(m.key_shift)
-        sides: tuple[tuple[Role, torch.Tensor, torch.Tensor, torch.Tensor], ...] = (
-            ("key", attention.k_proj.weight, m.key, m.query.mT),
-            ("value", attention.v_proj.weight, m.value, m.output),
+        sides: tuple[tuple[Role, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], ...] = (
+            ("key", attention.k_proj.weight, m.key, m.query.mT, m.key_feedback),
+            ("value", attention.v_proj.weight, m.value, m.output, m.value_feedback),
         )
-        for side, weight, forward, back in sides:
+        for side, weight, forward, back, feedback in sides:
             vectors = weight.detach().float().unflatten(0, (heads, dim)).mT[None]  # [1, H, hidden, D]
             for b in bits:
-                error = requantize(vectors, forward, back, zero, b) - vectors
+                error = requantize(vectors, forward, back, zero, b, feedback) - vectors
                 table[layer, side, b] = error.square().mean().item()
     if missing := set(maps) - {i for i, _, _ in table}:
         raise ValueError(

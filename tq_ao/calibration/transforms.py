@@ -7,7 +7,7 @@ geometric mean of Sk^-1 and Sq,
     M = Sk^-1/2 (Sk^1/2 Sq Sk^1/2)^1/2 Sk^-1/2,       least value  (tr (Sk^1/2 Sq Sk^1/2)^1/2)**2,
 
 against tr Sq tr Sk for a plain rotation.  Values are the same problem with Sv and the second moment of what
-multiplies them: W_o^T W_o, or the loss gradient of the attention output.
+multiplies them: W_o^T W_o, or the loss gradient of the attention output.  `feedback` goes on from here.
 """
 
 from typing import NamedTuple
@@ -32,10 +32,10 @@ VALUE_CHOICES = ("plain", "attention-centred", "fisher-centred", "attention-feed
 
 
 class Side(NamedTuple):
-    """Maps of keys or of values: what encodes, what reads (LayerMaps.query or .output), shift and feedback."""
+    """Maps of keys or of values: `decode` is LayerMaps.query or .output."""
 
-    map: torch.Tensor
-    reader: torch.Tensor
+    encode: torch.Tensor
+    decode: torch.Tensor
     shift: torch.Tensor
     feedback: torch.Tensor | None = None
 
@@ -75,13 +75,15 @@ def key_maps(statistics: LayerStatistics, variant: str, rotation: torch.Tensor) 
     Raises:
         ValueError: unknown variant, or one whose statistics were not collected.
     """
+    if variant not in KEY_VARIANTS:
+        raise ValueError(f"expected a variant of key maps in {KEY_VARIANTS}, got {variant!r}")
     if variant == "plain":
         key, inverse = in_one_part(rotation)
         return Side(key, inverse.mT.contiguous(), rotation.new_zeros(rotation.shape[:2]))
-    weighting, _, rest = variant.partition("-")
+    weighting, _, kind = variant.partition("-")
     k, q = _moments(statistics, "k", weighting, variant), _moments(statistics, "q", weighting, variant)
-    side = _side(k, q.covariance(False), rest, rotation)
-    return side._replace(reader=side.reader.mT.contiguous())
+    side = _side(k, q.covariance(False), kind, rotation)
+    return side._replace(decode=side.decode.mT.contiguous())
 
 
 def value_maps(statistics: LayerStatistics, variant: str, rotation: torch.Tensor) -> Side:
@@ -93,10 +95,12 @@ def value_maps(statistics: LayerStatistics, variant: str, rotation: torch.Tensor
     Raises:
         ValueError: unknown variant, or one whose statistics were not collected.
     """
+    if variant not in VALUE_VARIANTS:
+        raise ValueError(f"expected a variant of value maps in {VALUE_VARIANTS}, got {variant!r}")
     if variant == "plain":
         return Side(*in_one_part(rotation), rotation.new_zeros(rotation.shape[:2]))
-    weighting, _, rest = variant.partition("-")
-    v = _moments(statistics, "v", "attention" if rest.startswith("metric") else weighting, variant)
+    weighting, _, kind = variant.partition("-")
+    v = _moments(statistics, "v", "attention" if kind == "metric-centred" else weighting, variant)
     if weighting == "fisher":
         reader = _moments(statistics, "g", "fisher", variant).covariance(False)
     elif statistics.readout is not None:
@@ -105,17 +109,17 @@ def value_maps(statistics: LayerStatistics, variant: str, rotation: torch.Tensor
         raise ValueError(
             f"value maps {variant!r} need W_o^T W_o, which was not found in this model; use 'fisher-centred'"
         )
-    return _side(v, reader, rest, rotation)
+    return _side(v, reader, kind, rotation)
 
 
 def _side(stored: Moments, reader: torch.Tensor, kind: str, rotation: torch.Tensor) -> Side:
-    """Maps for vectors with `stored` moments; kind is "" (not centred), "...centred" or "feedback" (centred too)."""
+    """Maps for vectors with `stored` moments; kind is "" (not centred), "[metric-]centred", or "feedback" (centred)."""
     feedback = None
     if kind == "feedback":
         a, feedback = fed_back(stored.covariance(True), reader)
         feedback = feedback.to(rotation.device)
     else:
-        a = balance(stored.covariance(bool(kind)), reader) @ rotation.double().cpu()
+        a = balance(stored.covariance(kind != ""), reader) @ rotation.double().cpu()
     map, inverse = (m.to(rotation.device) for m in in_one_part(a))
     shift = stored.mean().float() if kind else rotation.new_zeros(rotation.shape[:2])
     return Side(map, inverse, shift.to(rotation.device), feedback)
@@ -131,8 +135,8 @@ def _moments(statistics: LayerStatistics, what: str, weighting: str, variant: st
 def joined(key: Side, value: Side) -> LayerMaps:
     """A layer's maps from those of its sides."""
     return LayerMaps(
-        key=key.map.contiguous(), query=key.reader.contiguous(), value=value.map.contiguous(),
-        output=value.reader.contiguous(), key_shift=key.shift.contiguous(), value_shift=value.shift.contiguous(),
+        key=key.encode.contiguous(), query=key.decode.contiguous(), key_shift=key.shift.contiguous(),
+        value=value.encode.contiguous(), output=value.decode.contiguous(), value_shift=value.shift.contiguous(),
         key_feedback=key.feedback, value_feedback=value.feedback,
     )  # fmt: skip
 
@@ -140,7 +144,10 @@ def joined(key: Side, value: Side) -> LayerMaps:
 def layer_maps(
     statistics: LayerStatistics, key_variant: str, value_variant: str, seed: int, kind: str = "hadamard"
 ) -> LayerMaps:
-    """Calibrated maps of a layer, followed by the same random rotation plain TurboQuant would use."""
+    """Calibrated maps of a layer, followed by the same random rotation plain TurboQuant would use.
+
+    Maps with feedback mix each half by a Hadamard matrix of its own instead (`feedback.fed_back`).
+    """
     some = next(iter(statistics.moments.values()))
     rotation = rotations(kind, *some.first.shape, seed).to(some.first.device)
     return joined(key_maps(statistics, key_variant, rotation), value_maps(statistics, value_variant, rotation))

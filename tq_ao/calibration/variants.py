@@ -11,7 +11,7 @@ from tq_ao.calibration.gain import compensated
 from tq_ao.calibration.journal import Journal
 from tq_ao.calibration.sensitivity import bar, device_of, side_delta
 from tq_ao.calibration.statistics import LayerStatistics
-from tq_ao.calibration.transforms import KEY_CHOICES, VALUE_CHOICES, joined, key_maps, value_maps
+from tq_ao.calibration.transforms import KEY_CHOICES, VALUE_CHOICES, Side, joined, key_maps, value_maps
 from tq_ao.evaluation.metrics import SKIP
 from tq_ao.rotation import LayerMaps
 
@@ -32,8 +32,9 @@ class Choice:
 def candidates(
     plain: LayerMaps, statistics: LayerStatistics, key_variants: Sequence[str], value_variants: Sequence[str]
 ) -> dict[tuple[str, str], LayerMaps]:
-    """(side, variant) -> maps whose other side is plain; the plain rotation follows every calibrated map."""
-    key, value = key_maps(statistics, "plain", plain.key), value_maps(statistics, "plain", plain.value)
+    """(side, variant) -> maps whose other side is plain."""
+    key = Side(plain.key, plain.query, plain.key_shift)
+    value = Side(plain.value, plain.output, plain.value_shift)
     found = {}
     for variant in key_variants:
         found["key", variant] = joined(key_maps(statistics, variant, plain.key), value)

@@ -32,7 +32,7 @@ def _seen(x: torch.Tensor, map: torch.Tensor, inverse: torch.Tensor, shift: torc
 
 
 def lloyd(maps: Mapping[int, LayerMaps], bits: int, *, window: int, sinks: int) -> Handler:
-    """An attention handler that reads old keys and values of the layers in `maps` from Lloyd-Max levels."""
+    """An attention handler that reads old keys and values of the layers in (plain) `maps` from Lloyd-Max levels."""
 
     def attention(call: AttentionCall) -> torch.Tensor:
         m = maps.get(call.layer)

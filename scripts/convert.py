@@ -60,6 +60,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--recall-windows", type=int, help="windows of recall text to choose on besides; default 3")
     p.add_argument("--verification-windows", type=int, help="windows of held-out text to measure on; default 3")
     p.add_argument("--max-seq-length", type=int, help="tokens per window; default 2048")
+    p.add_argument(
+        "--context", type=int, help="tokens of the longest text the maps are to serve; default what the model can read"
+    )
     p.add_argument("--seed", type=int, help="of rotations, text split and sampling; default 0")
     p.add_argument("--output-dir", type=Path, help="folder to create; default <model>-tq<bits>, or -tq-<target>")
     p.add_argument(
@@ -86,7 +89,7 @@ def settings(args: argparse.Namespace) -> recipe.Recipe:
     if args.target is not None and args.recipe is None:
         raise ValueError("expected --recipe with --target; targets are settings in a recipe, see recipes/README.md")
     base = recipe.load(args.recipe, args.target) if args.recipe else recipe.Recipe(model=args.model)
-    names = ("model", "bits", *LOSSES, "maps", "window", "sinks", "seed")
+    names = ("model", "bits", *LOSSES, "maps", "window", "sinks", "context", "seed")
     changes = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.schedule is not None:
         changes["schedule"] = args.schedule if args.schedule in ("auto", "uniform") else schedule_file(args.schedule)

@@ -43,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
     commands.choices["pareto"].add_argument(
         "--recall-windows", type=int, default=3, help="of recall text to calibrate on besides, as convert.py does"
     )
+    commands.choices["pareto"].add_argument(
+        "--context", type=int, default=0, help="tokens the maps are to serve, see convert.py; default those of a window"
+    )
     commands.choices["pareto"].add_argument("--repair", type=int, default=0, help="measured swaps per budget")
     commands.choices["sensitivity"].add_argument("--bits", type=int, nargs="+", default=[2, 3])
     p = commands.add_parser("retrieval", help="facts found in long text that is read from packed storage")
@@ -80,8 +83,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     progress = not args.quiet
     if args.command == "pareto":
         options = Options(
-            budgets=args.budgets, window=args.window, sinks=args.sinks, repair_evaluations=args.repair, seed=args.seed
-        )
+            budgets=args.budgets, window=args.window, sinks=args.sinks, repair_evaluations=args.repair,
+            context=args.context, seed=args.seed,
+        )  # fmt: skip
         return pareto(setup, options, progress=progress, report=say)
     if args.command == "ablation":
         return ablation(setup, args.budgets, args.window, args.sinks, args.seed, progress, say)

@@ -1,6 +1,7 @@
 """Conversion: load, calibrate, choose, verify, write.  The output is a checkpoint plain transformers can load too."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from transformers import (
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from tq_ao import __version__, hf
-from tq_ao.cache import GENERATE_CACHE, TurboQuantCache, head_dim, quantizable_layers
+from tq_ao.cache import GENERATE_CACHE, TurboQuantCache, head_dim, longest_text, quantizable_layers
 from tq_ao.calibration.calibrate import calibrate
 from tq_ao.calibration.target import LOSSES, losses, missed
 from tq_ao.config import FORMAT, TRANSFORMS_FILE, LayerScheme, TurboQuantConfig
@@ -208,13 +209,19 @@ def choose(job: Conversion, *, journal: Path | None = None, progress: bool = Fal
         plain = {i: source(i, heads, head_dim(config), torch.device("cpu")) for i in layers}
         result = calibrate(
             job.model, job.calibration, plain, recall=job.recall, bits=recipe.bits, limits=recipe.limits,
-            window=recipe.window, sinks=recipe.sinks,
+            window=recipe.window, sinks=recipe.sinks, context=context_of(recipe, config),
             maps="auto" if recipe.maps == "auto" else "plain", seed=recipe.seed,
             journal=journal, progress=progress, report=say,
         )  # fmt: skip
         job.schedule, job.maps = dict(result.schedule), result.maps
         job.report["sensitivity"] = {f"{i}.{side}.{bits}": value for (i, side, bits), value in result.table.items()}
         job.report["variants"] = {str(i): list(pair) for i, pair in result.variants.items()}
+
+
+def context_of(recipe: Recipe, text_config: Any) -> int:
+    """Tokens that maps are to serve: the recipe's, or what the model can read (0 if its config does not say)."""
+    reach = longest_text(text_config) if recipe.context is None else recipe.context
+    return int(reach) if math.isfinite(reach) else 0
 
 
 def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None]) -> None:

@@ -53,6 +53,8 @@ class Recipe:
         maps: "auto" calibrates maps and picks a variant per layer, "plain" keeps random rotations; read by "auto"
             schedules only.
         window, sinks, rotation, seed: see TurboQuantConfig.
+        context: tokens of the longest text that calibrated maps are to serve; None: what the model can read.  With a
+            short one they are a little better on short texts, and fail beyond it.
         calibration: text the schedule is chosen on.  verification: text it is measured on, other articles.
 
     Raises:
@@ -69,6 +71,7 @@ class Recipe:
     sinks: int = 4
     rotation: str = "hadamard"
     seed: int = 0
+    context: int | None = None
     calibration: Text = field(default_factory=lambda: Text(recall=3))
     verification: Text = field(default_factory=lambda: Text(windows=3))
 
@@ -85,6 +88,8 @@ class Recipe:
             raise ValueError(
                 f"expected no recall windows in verification, got {self.verification.recall}; it is ordinary text"
             )
+        if self.context is not None and (not isinstance(self.context, int) or self.context < 1):
+            raise ValueError(f"expected context to be a number of tokens, or none, got {self.context!r}")
         for name, limit in self.limits.items():
             if not _is_positive(limit):
                 raise ValueError(f"expected {name} to be a number above 0, got {limit!r}")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from tq_ao.calibration.allocation import Schedule, Shape, knapsack, uniform
-from tq_ao.calibration.capture import trace
+from tq_ao.calibration.capture import trace, window_start
 from tq_ao.calibration.gain import compensated
 from tq_ao.calibration.journal import Journal
 from tq_ao.calibration.repair import Repair, repair
@@ -68,6 +68,7 @@ def calibrate(
     verification: torch.Tensor | None = None,
     repair_evaluations: int = 0,
     stride: int = 2,
+    context: int = 0,
     seed: int = 0,
     journal: str | Path | None = None,
     progress: bool = False,
@@ -91,6 +92,8 @@ def calibrate(
         verification: int64 [m, N] text not in `windows`; the schedule must beat uniform there or is dropped for it.
         repair_evaluations: measured swaps to try, on the sensitivity windows.
         stride: positions evaluated in measurements (1 is all).
+        context: tokens the cache is to hold: windows for statistics and sensitivities are read at positions spread over
+            as many (`capture.window_start`); measurements are not.  0: all stand at the beginning.
         journal: file that lets a killed run continue; give a different one per model.
         progress: tqdm bars.  report: called with one-line messages.
 
@@ -106,7 +109,7 @@ def calibrate(
         )
     say = report or (lambda message: None)
     recall = windows[:0] if recall is None else recall
-    settings = (recall.shape[0], maps, metric, window, sinks, seed, widths, KEY_CHOICES, VALUE_CHOICES)
+    settings = (recall.shape[0], maps, metric, window, sinks, seed, context, widths, KEY_CHOICES, VALUE_CHOICES)
     log = Journal(journal, _fingerprint(model, torch.cat([windows, recall]), *settings)) if journal else None
     shape = Shape({i: tuple(m.key_shift.shape) for i, m in layers.items()})  # type: ignore[misc]
     device = device_of(model)
@@ -116,17 +119,18 @@ def calibrate(
     if maps == "auto":
         seen, scored, measured = divided(windows, recall)
         statistics = collect(
-            model, seen, sorted(layers), window=window, sinks=sinks, seed=seed, gradient=True, progress=progress
+            model, seen, sorted(layers), window=window, sinks=sinks, seed=seed, context=context, progress=progress
         )
         choices = choose_variants(
-            model, scored, plain, statistics, window=window, sinks=sinks, seed=seed, progress=progress, journal=log
-        )
+            model, scored, plain, statistics, window=window, sinks=sinks, context=context, seed=seed,
+            progress=progress, journal=log,
+        )  # fmt: skip
         chosen_maps = {c.layer: c.maps for c in choices}
         variants = {c.layer: (c.key_variant, c.value_variant) for c in choices}
         del statistics
     table = sensitivity(
         model, scored, chosen_maps, metric, bits=widths, compensate=maps == "auto", window=window, sinks=sinks,
-        seed=seed, journal=log, progress=progress,
+        context=context, seed=seed, journal=log, progress=progress,
     )  # fmt: skip
 
     def final(s: Schedule) -> dict[int, LayerMaps]:
@@ -186,13 +190,14 @@ def divided(windows: torch.Tensor, recall: torch.Tensor) -> tuple[torch.Tensor, 
 
 def collect(
     model: torch.nn.Module, windows: torch.Tensor, layers: Sequence[int], *, window: int, sinks: int, seed: int,
-    gradient: bool = True, progress: bool = False,
+    context: int = 0, gradient: bool = True, progress: bool = False,
 ) -> dict[int, LayerStatistics]:  # fmt: skip
     """Statistics of the given layers over windows [n, N], one window at a time."""
     statistics = {i: LayerStatistics() for i in layers}
     for n, ids in enumerate(bar(windows.split(1), "statistics", progress)):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + 500_009 + n)
-        traces = trace(model, ids.to(device_of(model)), gradient=gradient, generator=generator, skip=SKIP)
+        start = window_start(n, ids.shape[1], context)
+        traces = trace(model, ids.to(device_of(model)), gradient=gradient, generator=generator, skip=SKIP, start=start)
         for i in layers:
             accumulate(statistics[i], traces.pop(i), window, sinks)
     for module in model.modules():

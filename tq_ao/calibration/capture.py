@@ -43,6 +43,7 @@ class AttentionCall:
         return replace(self, q=self.q.detach().float(), k=self.k.detach().float(), v=self.v.detach().float())
 
 
+GOLDEN = 0.6180339887498949
 Handler = Callable[[AttentionCall], torch.Tensor]  # returns [B, Hq, N, D]
 _handlers: list[Handler] = []
 
@@ -127,6 +128,15 @@ def hidden_pairs(tokens: int, sliding: int | None, device: torch.device | str | 
     return (age < 0) if sliding is None else (age < 0) | (age >= sliding)
 
 
+def window_start(n: int, length: int, context: int) -> int:
+    """Position at which calibration window n of `length` tokens is read, for a cache that is to hold `context` tokens.
+
+    The first window stands at 0, the others are spread (multiples of the golden ratio, squared: more of them early).
+    What RoPE makes of a key depends on where it stands: maps from windows at 0 alone fail on keys far behind them.
+    """
+    return int(max(0, context - length) * (n * GOLDEN % 1) ** 2)
+
+
 @dataclass
 class Trace:
     """A layer's call on one window, its output and the output's gradient (or None)."""
@@ -143,6 +153,7 @@ def trace(
     gradient: bool,
     generator: torch.Generator | None = None,
     skip: int = 0,
+    start: int = 0,
 ) -> dict[int, Trace]:
     """Run windows and keep every layer's q, k, v and output; optionally the gradient of a sampled log-likelihood.
 
@@ -154,6 +165,7 @@ def trace(
         ids: int64 [B, N].
         gradient: also run the backward pass.
         generator: draws the labels (a CPU generator).
+        start: position of the windows' first token, for models that rotate queries and keys by it (RoPE).
 
     Returns:
         layer -> Trace; tensors are float32 on the model's device.
@@ -174,9 +186,8 @@ def trace(
         p.requires_grad_(False)
     try:
         with intercept(model, handler), torch.set_grad_enabled(gradient):
-            logits = model(
-                ids, use_cache=False, logits_to_keep=torch.arange(skip, ids.shape[1], device=ids.device)
-            ).logits
+            place = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+            logits = model(ids, position_ids=place, use_cache=False, logits_to_keep=place[0, skip:] - start).logits
             if gradient:
                 _sampled_log_likelihood(logits, generator).backward()
     finally:

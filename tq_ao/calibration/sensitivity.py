@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from tq_ao.calibration.capture import Trace, trace
+from tq_ao.calibration.capture import Trace, trace, window_start
 from tq_ao.calibration.fisher import Rows, fisher_kl, key_delta, sample_rows, value_delta
 from tq_ao.calibration.gain import compensated
 from tq_ao.calibration.journal import Journal
@@ -40,6 +40,7 @@ def sensitivity(
     window: int = 128,
     sinks: int = 4,
     rows: int = 192,
+    context: int = 0,
     seed: int = 0,
     journal: Journal | None = None,
     progress: bool = False,
@@ -53,6 +54,7 @@ def sensitivity(
         metric: one of METRICS.
         compensate: scale the maps for each width (see gain.py), as calibrated schedules do.
         rows: query rows sampled per window ("output", "taylor").
+        context: see `calibrate` ("activation", "output", "taylor").
         journal: remembers finished windows or entries of a killed run.
         progress: show a tqdm bar.
 
@@ -74,7 +76,15 @@ def sensitivity(
         if found is None:
             found = {}
             generator = torch.Generator().manual_seed(seed * 1_000_003 + n)
-            traces = trace(model, ids.to(device_of(model)), gradient=metric == "taylor", generator=generator, skip=SKIP)
+            start = window_start(n, ids.shape[1], context)
+            traces = trace(
+                model,
+                ids.to(device_of(model)),
+                gradient=metric == "taylor",
+                generator=generator,
+                skip=SKIP,
+                start=start,
+            )
             for layer in sorted(maps):
                 for entry, value in _score(
                     traces.pop(layer), {b: by_width[b][layer] for b in bits}, metric, window, sinks, rows, generator

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tq_ao.calibration.capture import trace
+from tq_ao.calibration.capture import trace, window_start
 from tq_ao.calibration.fisher import fisher_kl, sample_rows
 from tq_ao.calibration.gain import compensated
 from tq_ao.calibration.journal import Journal
@@ -54,6 +54,7 @@ def choose_variants(
     window: int,
     sinks: int,
     rows: int = 128,
+    context: int = 0,
     seed: int = 0,
     journal: Journal | None = None,
     progress: bool = False,
@@ -69,7 +70,8 @@ def choose_variants(
         if found is None:
             found = {}
             generator = torch.Generator().manual_seed(seed * 1_000_003 + n)
-            traces = trace(model, ids.to(device_of(model)), gradient=True, generator=generator, skip=SKIP)
+            start = window_start(n, ids.shape[1], context)
+            traces = trace(model, ids.to(device_of(model)), gradient=True, generator=generator, skip=SKIP, start=start)
             for layer in sorted(plain):
                 sample = sample_rows(traces.pop(layer), rows, window, sinks, generator)
                 for (side, variant), maps in built[layer].items():

@@ -29,6 +29,7 @@ class Options:
         metric: sensitivity the calibrated schedules are allocated by.
         repair_evaluations: measured swaps per budget; 0 leaves the repaired rows out.
         stride: positions of the calibration text evaluated in repair.
+        context: tokens the calibrated maps are to serve, see `calibrate`.
         seed: of label sampling and random baselines.
     """
 
@@ -38,6 +39,7 @@ class Options:
     metric: Metric = "taylor"
     repair_evaluations: int = 0
     stride: int = 2
+    context: int = 0
     seed: int = 0
 
 
@@ -54,7 +56,10 @@ class Calibrated:
 def calibrate_once(setup: Setup, options: Options, progress: bool) -> Calibrated:
     """Statistics on the first two thirds of the calibration text, variants and sensitivities on the rest."""
     seen, rest, _ = divided(setup.calibration, setup.recall)
-    common = {"window": options.window, "sinks": options.sinks, "seed": options.seed, "progress": progress}
+    common = {
+        "window": options.window, "sinks": options.sinks, "context": options.context, "seed": options.seed,
+        "progress": progress,
+    }  # fmt: skip
     statistics = collect(setup.model, seen, sorted(setup.plain), **common)  # type: ignore[arg-type]
     choices = choose_variants(setup.model, rest, setup.plain, statistics, **common)  # type: ignore[arg-type]
     maps = {c.layer: c.maps for c in choices}
@@ -135,7 +140,8 @@ def pareto(
             )  # fmt: skip
             ours("schedule, calibrated, repaired", fixed.schedule, calibrated.maps)
     return {
-        "model": setup.name, "text": setup.text, **origin, "metric": options.metric, "rows": rows,
+        "model": setup.name, "text": setup.text, **origin, "metric": options.metric, "context": options.context,
+        "rows": rows,
         "variants": {str(c.layer): [c.key_variant, c.value_variant] for c in calibrated.choices},
         "left_out": left_out,
     }  # fmt: skip

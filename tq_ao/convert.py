@@ -207,9 +207,10 @@ def choose(job: Conversion, *, journal: Path | None = None, progress: bool = Fal
         config = job.model.config.get_text_config(decoder=True)
         source, heads = MapSource(recipe.rotation, recipe.seed), config.num_key_value_heads
         plain = {i: source(i, heads, head_dim(config), torch.device("cpu")) for i in layers}
+        context = job.report["context"] = context_of(recipe, config)
         result = calibrate(
             job.model, job.calibration, plain, recall=job.recall, bits=recipe.bits, limits=recipe.limits,
-            window=recipe.window, sinks=recipe.sinks, context=context_of(recipe, config),
+            window=recipe.window, sinks=recipe.sinks, context=context,
             maps="auto" if recipe.maps == "auto" else "plain", seed=recipe.seed,
             journal=journal, progress=progress, report=say,
         )  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from tq_ao.calibration.capture import exact, intercept, trace
+from tq_ao.calibration.capture import exact, intercept, trace, window_start
 from tq_ao.calibration.statistics import LayerStatistics, accumulate, pair_weights
 
 
@@ -35,6 +35,24 @@ def test_exact_handler_changes_nothing(kind, ids):
     assert model.config._attn_implementation == before
     if kind == "gemma3":
         assert [s[3] for s in seen] == [24, None, 24, None]
+
+
+def test_windows_are_spread_over_the_context():
+    starts = [window_start(n, 1000, 9000) for n in range(12)]
+    assert starts[0] == 0 and min(starts) >= 0 and max(starts) <= 8000
+    assert sum(s < 2000 for s in starts) >= 5 and sum(s > 4000 for s in starts) >= 3
+    assert {window_start(n, 1000, context) for n in range(9) for context in (0, 1000)} == {0}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_window_elsewhere_computes_the_same_from_other_keys(kind, ids):
+    """RoPE: scores depend on differences of positions only, keys on positions."""
+    model = tiny.model(kind)
+    near, far = (trace(model, ids, gradient=False, start=start) for start in (0, 777))
+    for layer, t in near.items():
+        torch.testing.assert_close(far[layer].out, t.out, atol=2e-3, rtol=1e-2)
+        assert (far[layer].call.k - t.call.k).norm() > 0.1 * t.call.k.norm()
+        torch.testing.assert_close(far[layer].call.v, t.call.v, atol=2e-3, rtol=1e-2)
 
 
 def test_gradient_is_that_of_the_sampled_log_likelihood(ids):

@@ -4,10 +4,11 @@ import tiny
 import torch
 
 from tq_ao.calibration.calibrate import collect
+from tq_ao.calibration.capture import trace
 from tq_ao.calibration.transforms import layer_maps
 from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.setup import plain_maps
-from tq_ao.evaluation.simulate import LayerPlan
+from tq_ao.evaluation.simulate import LayerPlan, requantize
 
 
 def uniform_kl(evaluate, maps):  # 4 bits: random weights are so sharp that 3 break them anyway
@@ -32,3 +33,24 @@ def test_a_planted_bias_breaks_plain_keys_only(rng):
     calibrated = {i: layer_maps(statistics[i], "attention-centred", "plain", seed=i) for i in plain}
     assert broken > 5 * before
     assert uniform_kl(evaluate, calibrated) < 1.5 * before
+
+
+def test_maps_serve_the_positions_that_windows_stood_at(rng):
+    """A constant part that RoPE turns by 3 radians in 3000 tokens: centred as it is at the beginning, it doubles there."""
+    model = tiny.model("qwen2")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias.view(2, 32)[:, [12, 28]] = 30.0
+    windows = torch.randint(2, 97, (4, 200), generator=rng)
+    common = {"window": 16, "sinks": 2, "seed": 0}
+    error = {}
+    for context in (0, 4000):
+        statistics = collect(model, windows[:3], [1], context=context, **common)
+        for variant in ("attention-centred", "attention-feedback"):
+            maps = layer_maps(statistics[1], variant, "plain", seed=0)
+            call = trace(model, windows[3:], gradient=False, start=3000)[1].call
+            k_hat = requantize(call.k, maps.key, maps.query.mT, maps.key_shift, 3, maps.key_feedback)
+            q = call.q.unflatten(1, (2, -1)).flatten(2, 3)
+            error[context, variant] = (q @ (k_hat - call.k).mT).square().mean().item()
+    for variant in ("attention-centred", "attention-feedback"):
+        assert error[4000, variant] < error[0, variant] / 2

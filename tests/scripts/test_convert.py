@@ -110,6 +110,19 @@ def test_recall_windows_are_calibrated_on_and_recorded(base, text, tmp_path):
     assert found[0]["ppl_before"] == pytest.approx(found[2]["ppl_before"]), "measured on the same text"
 
 
+def test_maps_are_made_for_what_the_model_can_read_or_what_was_asked_for(base, text, tmp_path):
+    found = {}
+    for context in (None, 200, 100_000):
+        folder = tmp_path / f"{context}"
+        folder.mkdir()
+        code, out = run(base, text, folder, *(() if context is None else ("--context", f"{context}")))
+        assert code == 0 and load(out / "recipe.yaml").context == context
+        found[context] = json.loads((out / "tq_ao_config.json").read_text())
+    reach = json.loads((base / "config.json").read_text())["max_position_embeddings"]
+    assert [found[c]["context"] for c in found] == [reach, 200, 100_000]
+    assert found[200]["sensitivity"] != found[100_000]["sensitivity"]
+
+
 def test_a_converted_model_can_be_converted_again(base, text, tmp_path):
     code, out = run(base, text, tmp_path, "--schedule", "uniform", "--bits", "1")
     assert code == 0

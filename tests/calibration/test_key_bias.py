@@ -36,7 +36,7 @@ def test_a_planted_bias_breaks_plain_keys_only(rng):
 
 
 def test_maps_serve_the_positions_that_windows_stood_at(rng):
-    """A constant part that RoPE turns by 3 radians in 3000 tokens: centred as it is at the beginning, it doubles there."""
+    """A constant part that RoPE turns by 3 radians in 3000 tokens: centred as at the beginning, it doubles there."""
     model = tiny.model("qwen2")
     with torch.no_grad():
         for layer in model.model.layers:

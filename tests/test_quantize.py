@@ -56,7 +56,7 @@ def test_whole_model_is_attached_and_composes_with_weights(model: LlamaForCausal
     assert model.turboquant.quantization.layers == {i: LayerScheme(4, 2) for i in range(3)}
     assert type(model.model.layers[0].self_attn.k_proj.weight).__name__ == "Int8Tensor"
     tokens = torch.randint(0, 64, (1, 9))
-    out = model.generate(tokens, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    out = model.generate(tokens, min_new_tokens=3, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     assert out.sequences.shape == (1, 12)
     assert all(isinstance(layer, TurboQuantLayer) for layer in out[tiny.CACHE].layers)
 

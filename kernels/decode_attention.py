@@ -18,7 +18,7 @@ import triton
 
 from .combine import combine_kernel
 from .decode_portable import portable_splits_kernel
-from .encode import _operand
+from .encode import operand_type
 from .query import prepare_kernel
 
 LOG2E = 1.4426950408889634
@@ -223,7 +223,7 @@ def decode_attention(
     prepare_kernel[(heads * triton.cdiv(batch * group, 16) * (dim // columns) + exact_programs,)](
         q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, exact_o, exact_ml,
         q.stride(0), q.stride(1), *sink_strides, *recent_strides, batch, heads, sinks, window, capacity, chunks, factor,
-        1.0 / unit, cap, G=group, D=dim, DP=padded, COLUMNS=columns, KC=min(64, padded), OPERAND=_operand(),
+        1.0 / unit, cap, G=group, D=dim, DP=padded, COLUMNS=columns, KC=min(64, padded), OPERAND=operand_type(),
         SOFTCAP=softcap > 0, EXACT=separate, CHUNK=chunk if separate else TILE,
         PRECISION="tf32" if half_precision else "tf32x3", PDL=pdl, num_warps=8 if separate else 4,
         **({"launch_pdl": True} if pdl else {}),

@@ -2,8 +2,11 @@
 
 import torch
 
-from tq_ao.packing import TILE, tile_bytes
+from tq_ao import reference
+from tq_ao.packing import TILE, tile_bytes, unpack
 from tq_ao.rotation import LayerMaps, rotations
+
+SCALE_ULPS = 2e-3  # two fp16 ulps
 
 
 def empty_cache(
@@ -56,3 +59,20 @@ def tokens(
 ) -> torch.Tensor:
     """Random [B, H, N, D] with the strides models hand over: a view of [B, N, H, D]."""
     return torch.randn(batch, count, heads, dim, generator=rng).to(dtype).transpose(1, 2)
+
+
+def assert_same_tiles(got, want, dim: int, role: str, allowed: float = 1e-3, feedback: bool = False) -> None:
+    """Codes equal but for the fraction `allowed`; scales of vectors whose codes agree within two ulps.
+
+    feedback: an even dim's code that differs changes odd ones of its vector, which do not count then.
+    """
+    bits = reference.bits_of(want[0], dim)
+    a, b = (unpack(x[0].cpu(), bits, dim, role) for x in (got, want))
+    differ = a != b
+    if feedback:
+        differ[..., 1::2] &= ~differ[..., 0::2].any(-1, keepdim=True)
+    fraction = differ.float().mean().item()
+    assert fraction <= (allowed if bits < 8 else 2 * allowed), f"{fraction:.1e} of the codes differ"
+    same = ~differ.any(-1)
+    s, t = (x[1].cpu().flatten(-2).float()[same] for x in (got, want))
+    assert torch.allclose(s, t, rtol=SCALE_ULPS, atol=1e-7, equal_nan=True)

@@ -96,7 +96,7 @@ def _append_cuda(*args, key_feedback=None, value_feedback=None, impl="auto"):
     if _named(impl, args[0].device, "triton", "reference") == "reference":
         reference.append_(*args, key_feedback, value_feedback)
         return
-    from tq_ao.kernels import encode as kernel
+    from tq_ao.kernels import append as kernel
 
     with torch.cuda.device(args[0].device):
         kernel.append_(*args, *_books(args[0], args[2], args[8].shape[-1]), key_feedback, value_feedback)

@@ -83,7 +83,7 @@ def _compile(case: dict):
     from triton.compiler import ASTSource
 
     from tq_ao.codebook import codebook
-    from tq_ao.kernels import encode, extend_attention, levels
+    from tq_ao.kernels import append, encode, extend_attention, levels
 
     dim, (k_bits, v_bits), arch = case["dim"], case["bits"], case["arch"]
     key, value = codebook(k_bits), codebook(v_bits)
@@ -91,7 +91,7 @@ def _compile(case: dict):
     options = {"num_warps": 4, "num_stages": 1}
     optional = ()
     if case["kernel"] in ("encode", "step", "write"):
-        fn = getattr(encode, f"{case['kernel']}_kernel")
+        fn = getattr(encode if case["kernel"] == "encode" else append, f"{case['kernel']}_kernel")
         if case["kernel"] == "encode":
             options = encode.launch_options(dim, SHARED[arch], case.get("feedback", False))
         constants |= {

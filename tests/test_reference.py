@@ -79,9 +79,10 @@ def test_empty_even_dims_do_not_spoil_the_odd_ones(bits: int, rng: torch.Generat
 @pytest.mark.parametrize("fed", [False, True])
 @pytest.mark.parametrize("bits", BITS)
 def test_zero_huge_and_broken_vectors(bits: int, fed: bool) -> None:
-    y = torch.zeros(5, 64)
+    y = torch.zeros(6, 64)
     y[1, 3] = 1e4
-    y[2] = 10.0 ** random.choice([7, 30])  # scale beyond float16
+    y[2] = 3e6  # scale beyond float16
+    y[5] = 1e30  # squares beyond float32
     y[3, 0] = torch.nan
     y[4, 0] = torch.inf
     _, scales = reference.quantize(y[None], bits, torch.eye(32)[None] / 2 if fed else None)
@@ -91,6 +92,7 @@ def test_zero_huge_and_broken_vectors(bits: int, fed: bool) -> None:
     assert scales[2] == 65504
     assert scales[3].isnan()
     assert scales[4].isnan()
+    assert scales[5] == 65504
 
 
 def append_all(

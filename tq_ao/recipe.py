@@ -54,7 +54,7 @@ class Recipe:
             schedules only.
         window, sinks, rotation, seed: see TurboQuantConfig.
         context: tokens of the longest text that calibrated maps are to serve; None: what the model can read.  With a
-            short one they are a little better on short texts, and fail beyond it.
+            short one they are a little better on short texts, and fail beyond it.  Read as `maps` is.
         calibration: text the schedule is chosen on.  verification: text it is measured on, other articles.
 
     Raises:

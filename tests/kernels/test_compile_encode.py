@@ -203,8 +203,10 @@ def test_measured_configurations_do_not_spill_in_their_loop(reports: list[dict])
 
 def test_other_configurations_spill_little(reports: list[dict]) -> None:
     for report in reports:
-        # At D = 256 a thread has 128 numbers, and words of the first half of a block: at 8 bits 64 of them.
-        share = 0.1 if (report["kernel"], report["dim"]) == ("encode", 256) else 0.05
+        # At D = 256 a thread has 128 numbers, and words of the first half of a block: at 8 bits 64 of them.  On sm_80
+        # eight warps leave half the registers to a thread.
+        crowded = max(report["bits"]) == 8 or report["arch"] == 80
+        share = 0.1 if (report["kernel"], report["dim"]) == ("encode", 256) and crowded else 0.05
         assert report["LDL"] + report["STL"] <= share * report["instructions"], report
 
 

@@ -45,6 +45,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--bits", type=float, help="average code bits per value (with --max-kl or --max-ppl the most); default 3"
     )
+    p.add_argument(
+        "--memory", type=float, metavar="MIB",
+        help="instead of --bits: MiB for the cache of a text of --context tokens, with all that it stores",
+    )  # fmt: skip
     p.add_argument("--max-kl", type=float, help="take the fewest bits whose measured KL (nats) stays under this")
     p.add_argument(
         "--max-ppl", type=float, metavar="PERCENT",
@@ -61,8 +65,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--verification-windows", type=int, help="windows of held-out text to measure on; default 3")
     p.add_argument("--max-seq-length", type=int, help="tokens per window; default 2048")
     p.add_argument(
-        "--context", type=int, help="tokens of the longest text the maps are to serve; default what the model can read"
-    )
+        "--context", type=int,
+        help="tokens of the longest text: maps serve it, --memory holds it; default what the model can read",
+    )  # fmt: skip
     p.add_argument("--seed", type=int, help="of rotations, text split and sampling; default 0")
     p.add_argument("--output-dir", type=Path, help="folder to create; default <model>-tq<bits>, or -tq-<target>")
     p.add_argument(
@@ -89,8 +94,12 @@ def settings(args: argparse.Namespace) -> recipe.Recipe:
     if args.target is not None and args.recipe is None:
         raise ValueError("expected --recipe with --target; targets are settings in a recipe, see recipes/README.md")
     base = recipe.load(args.recipe, args.target) if args.recipe else recipe.Recipe(model=args.model)
-    names = ("model", "bits", *LOSSES, "maps", "window", "sinks", "context", "seed")
+    names = ("model", "bits", "memory", *LOSSES, "maps", "window", "sinks", "context", "seed")
     changes = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.memory is not None:  # a budget takes the place of the recipe's
+        changes.setdefault("bits", None)
+    elif args.bits is not None:
+        changes["memory"] = None
     if args.schedule is not None:
         changes["schedule"] = args.schedule if args.schedule in ("auto", "uniform") else schedule_file(args.schedule)
     for name, count in (("calibration", args.calibration_windows), ("verification", args.verification_windows)):
@@ -103,8 +112,9 @@ def settings(args: argparse.Namespace) -> recipe.Recipe:
 
 def default_output(chosen: recipe.Recipe, target: str | None) -> Path:
     """<model>-tq3, or <model>-tq-memory-first for a target asked for by name."""
-    limits = (f"-{name.removeprefix('max_')}{limit:g}" for name, limit in chosen.limits.items())
-    label = "".join(limits) or f"{chosen.bits:g}"
+    parts = [] if chosen.memory is None else [f"-{chosen.memory:g}mib"]
+    parts += [f"-{name.removeprefix('max_')}{limit:g}" for name, limit in chosen.limits.items()]
+    label = "".join(parts) or f"{chosen.bits:g}"
     return Path(f"{Path(chosen.model).name}-tq{label if target is None else f'-{target}'}")
 
 
@@ -134,6 +144,13 @@ def show(report: dict) -> None:
         f"packed tokens take {size['packed']:.0f} bytes against {size['bfloat16']:.0f} in bfloat16 "
         f"({size['bfloat16'] / size['packed']:.2f}x smaller)"
     )
+    if cache := report.get("cache"):
+        parts = {name: size / 2**20 for name, size in cache["bytes"].items()}
+        print(
+            f"the cache of a text of {cache['tokens']} tokens takes {sum(parts.values()):.2f} MiB of "
+            f"{report['memory']:g}, counted from its tensors: {parts['codes']:.2f} codes and scales, "
+            f"{parts['exact']:.2f} exact tokens, {parts['maps']:.2f} maps"
+        )
     print(
         f"measured through the packed cache on {report['text']} (window {report['window']}, sinks {report['sinks']}):"
     )

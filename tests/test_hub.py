@@ -161,6 +161,7 @@ REPORT = {
     "text": "enwiki, 12 windows of 2048 tokens",
     "window": 128,
     "sinks": 4,
+    "cache": {"tokens": 8192, "bytes": {"codes": 18 * 2**20, "exact": 2**22, "maps": 2**20 + 2**19}},
     "versions": {"tq_ao": "0.1.0"},
     "sample": {"prompt": "The sea", "text": " is wide\nand blue."},
 }
@@ -192,6 +193,7 @@ def test_model_card_body_has_the_command_the_measurements_and_the_schedule():
         "| 0 | 4 | 3 | 0.00123 |",
         "| 1 | 2 | 3 |  |",
         "Measured on enwiki, 12 windows of 2048 tokens, the last 128 tokens exact, the first 4 tokens exact.",
+        "The cache of a text of 8192 tokens takes 23.50 MiB, maps and exact tokens included.",
         'AutoModelForCausalLM.from_pretrained("tester/smollm2-135m-tq3"',
         "> The sea is wide\n> and blue.",
     ):

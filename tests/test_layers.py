@@ -24,7 +24,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"tensor", "tensor_ops"}, TORCH | {"torchao"}),
     ({"cache", "cache_layer", "attention"}, TORCH | {"transformers"}),
     (
-        {"quantizer", "hf", "quantize", "embedded", "models", "text", "recall", "hub", "model_card"}
+        {"quantizer", "hf", "quantize", "embedded", "models", "text", "recall", "hub", "model_card", "footprint"}
         | {"calibration", "evaluation"},
         TRANSFORMERS | {"torchao", "gguf", "matplotlib"},
     ),

@@ -46,7 +46,7 @@ def test_it_says_everything_and_how_to_run_it(path):
     assert script.settings(args) == load(path)
     for changes in data["targets"].values():
         unsaid = {field.name for field in fields(Recipe)} - set(data) - set(changes)
-        assert unsaid <= set(LOSSES), "no hidden defaults"
+        assert unsaid <= {*LOSSES, "memory"}, "no hidden defaults"
 
 
 @every_recipe
@@ -160,6 +160,9 @@ def test_targets_change_what_they_name_and_nothing_else(tmp_path):
     assert replace(b, bits=3, calibration=a.calibration) == a
     path.write_text(b.to_yaml())
     assert load(path) == b and load_targets(path) == {}
+    within = replace(b, bits=None, memory=24.5)
+    path.write_text(within.to_yaml())
+    assert load(path) == within and yaml.safe_load(path.read_text())["bits"] is None
     limited = replace(b, max_kl=0.01, max_ppl=1.0)
     path.write_text(limited.to_yaml())
     assert load(path) == limited and limited.limits == {"max_kl": 0.01, "max_ppl": 1.0} and not b.limits
@@ -186,6 +189,17 @@ def test_targets_change_what_they_name_and_nothing_else(tmp_path):
                 (True, {}, f"{name} to be a number above 0, got True"),
                 (float("nan"), {}, f"{name} to be a number above 0, got nan"),
                 (float("inf"), {}, f"{name} to be a number above 0, got inf"),
+            )
+        ),
+        *(
+            ({"targets": {"a": {"bits": None, "memory": mib, **more}}}, None, f"target a: expected {says}")
+            for mib, more, says in (
+                (24, {"bits": 3}, r"bits or memory, got 3 bits and 24 MiB; leave one out \(null in a recipe\)"),
+                (24, {"schedule": "uniform"}, "schedule auto with memory, got 'uniform'"),
+                (24, {"schedule": {0: [4, 4]}}, "schedule auto with memory, got {0"),
+                (0, {}, "memory to be a number above 0, got 0"),
+                ("24 MiB", {}, "memory to be a number above 0, got '24 MiB'"),
+                (float("inf"), {}, "memory to be a number above 0, got inf"),
             )
         ),
         ({"targets": {"a": {"calibration": {"lenght": 512}}}}, None, "target a: .*'lenght'"),
@@ -227,7 +241,7 @@ def test_a_result_of_other_settings_is_not_shown(tmp_path):
     (results / "convert_smollm2-135m.json").write_text(json.dumps(report))
     row = next(line for line in recipe_table.table(recipe.parent, results).splitlines() if recipe.name in line)
     assert [cell.strip() for cell in row.strip("|").split("|")][2:] == ["–", "–", "0.00100 at 3 bits", "–", "–", "–"]
-    for change in ({"window": 64}, {"average_bits": 3.5}, {"max_kl": 0.01}, {"max_ppl": 1.0}):
+    for change in ({"window": 64}, {"average_bits": 3.5}, {"max_kl": 0.01}, {"max_ppl": 1.0}, {"memory": 30.0}):
         (results / "convert_smollm2-135m.json").write_text(json.dumps({**report, **change}))
         with pytest.raises(ValueError, match=r"convert_smollm2-135m\.json was measured with other settings than 3bit"):
             recipe_table.table(recipe.parent, results)

@@ -35,6 +35,11 @@ class LayerScheme:
             )
 
     @property
+    def average_bits(self) -> float:
+        """Mean code bits per value."""
+        return (self.k_bits + self.v_bits) / 2
+
+    @property
     def exact(self) -> bool:
         """Whether the layer keeps an ordinary cache."""
         return self.k_bits == EXACT
@@ -97,7 +102,7 @@ class TurboQuantConfig:
     def average_bits(self, layers: Sequence[int]) -> float:
         """Mean code bits per K or V value over the given quantised layers, scales not counted."""
         schemes = [self.layer(i) for i in layers]
-        return sum(s.k_bits + s.v_bits for s in schemes) / (2 * len(schemes)) if schemes else float(EXACT)
+        return sum(s.average_bits for s in schemes) / len(schemes) if schemes else float(EXACT)
 
     def resolve(self, layers: Sequence[int], num_layers: int, head_dim: int) -> "TurboQuantConfig":
         """The same config with every quantised layer spelled out and tied to a model's shape."""

@@ -24,16 +24,19 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from tq_ao import __version__, hf
 from tq_ao.cache import GENERATE_CACHE, TurboQuantCache, head_dim, longest_text, quantizable_layers
+from tq_ao.calibration.allocation import MIB, Memory
 from tq_ao.calibration.calibrate import calibrate
 from tq_ao.calibration.target import LOSSES, losses, missed
+from tq_ao.codebook import BITS
 from tq_ao.config import FORMAT, TRANSFORMS_FILE, LayerScheme, TurboQuantConfig
 from tq_ao.errors import ModelError, TextError
 from tq_ao.evaluation.decode_kl import evaluate_caches, prove_packed
+from tq_ao.footprint import count, memory_budget
 from tq_ao.model_card import model_card
 from tq_ao.models import ResolvedModel, resolve
 from tq_ao.quantizer import TurboQuantQuantizationConfig
 from tq_ao.recall import recall_windows
-from tq_ao.recipe import Recipe
+from tq_ao.recipe import UNIFORM, Recipe
 from tq_ao.rotation import LayerMaps, MapSource
 from tq_ao.text import articles, split_articles, windows
 
@@ -51,6 +54,7 @@ class Conversion:
         model, tokenizer: loaded.
         schedule: layer -> (k_bits, v_bits).  maps: layer -> calibrated maps, or None.
         calibration, verification: int64 [n, N] windows.  recall: int64 [m, N] windows to calibrate on besides.
+        memory: the recipe's `memory` in bytes, with the maps of random rotations; None: the budget is in bits.
         report: everything measured, as written to JSON.
     """
 
@@ -62,6 +66,7 @@ class Conversion:
     calibration: torch.Tensor
     recall: torch.Tensor
     verification: torch.Tensor
+    memory: Memory | None = None
     schedule: dict[int, tuple[int, int]] = field(default_factory=dict)
     maps: dict[int, LayerMaps] | None = None
     report: dict[str, Any] = field(default_factory=dict)
@@ -139,6 +144,7 @@ def load(
             f"the schedule names layers {stray}, which are not full-attention layers of {source.name}; "
             f"those are {layers}"
         )
+    memory = memory_of(recipe, config)
     tokenizer = AutoTokenizer.from_pretrained(source.path_or_id, token=token)
     text = articles(recipe.calibration.source)
     if recipe.verification.source == recipe.calibration.source:
@@ -170,7 +176,7 @@ def load(
                 f"the download of {source.path_or_id} broke off ({type(error).__name__}: {reason}); run again to go on"
             ) from error
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).to(device).eval()
-    return Conversion(recipe, source, folder, model, tokenizer, calibration, recall, verification)
+    return Conversion(recipe, source, folder, model, tokenizer, calibration, recall, verification, memory)
 
 
 def without_cache_schedule(config: PreTrainedConfig) -> None:
@@ -209,10 +215,10 @@ def choose(job: Conversion, *, journal: Path | None = None, progress: bool = Fal
         plain = {i: source(i, heads, head_dim(config), torch.device("cpu")) for i in layers}
         context = job.report["context"] = context_of(recipe, config)
         result = calibrate(
-            job.model, job.calibration, plain, recall=job.recall, bits=recipe.bits, limits=recipe.limits,
-            window=recipe.window, sinks=recipe.sinks, context=context,
-            maps="auto" if recipe.maps == "auto" else "plain", seed=recipe.seed,
-            journal=journal, progress=progress, report=say,
+            job.model, job.calibration, plain, recall=job.recall, bits=recipe.bits, memory=job.memory,
+            limits=recipe.limits, widths=BITS if job.memory else BITS[:4], window=recipe.window, sinks=recipe.sinks,
+            context=context, maps="auto" if recipe.maps == "auto" else "plain", seed=recipe.seed, journal=journal,
+            progress=progress, report=say,
         )  # fmt: skip
         job.schedule, job.maps = dict(result.schedule), result.maps
         job.report["sensitivity"] = {f"{i}.{side}.{bits}": value for (i, side, bits), value in result.table.items()}
@@ -225,13 +231,51 @@ def context_of(recipe: Recipe, text_config: Any) -> int:
     return int(reach) if math.isfinite(reach) else 0
 
 
+def memory_of(recipe: Recipe, config: PreTrainedConfig) -> Memory | None:
+    """The recipe's `memory` in bytes, for the cache that `generate` allocates for a text of its context.
+
+    Raises:
+        ValueError: no context is known, or see `memory_budget`.
+    """
+    if recipe.memory is None:
+        return None
+    tokens = context_of(recipe, config.get_text_config(decoder=True))
+    if not tokens:
+        raise ValueError("expected a context with memory, got none, and the model's config has no limit; give one")
+    return memory_budget(
+        config, recipe.memory, hf.static_length(tokens), window=recipe.window, sinks=recipe.sinks,
+        calibrated=recipe.maps == "auto",
+    )  # fmt: skip
+
+
+def cache_bytes(job: Conversion) -> dict[str, int]:
+    """Bytes of the attached model's cache for a text of `context` tokens, counted from its tensors (see `count`)."""
+    cache = job.model.turboquant.make_cache(hf.static_length(job.report["context"]))
+    parts = count(cache, job.model.config)
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+def baseline(job: Conversion) -> LayerScheme:
+    """What the attached schedule has to beat: the widest uniform one, with random rotations, that takes no more.
+
+    Without limits on the loss, no more than the budget.
+    """
+    recipe, layers = job.recipe, list(job.schedule)
+    if job.memory is None:
+        average = job.model.turboquant.quantization.average_bits(layers)
+        return recipe.uniform_below(average if recipe.limits else recipe.bits)
+    room = job.memory.room(sum(cache_bytes(job).values()) / MIB if recipe.limits else job.memory.mib)
+    pairs = ((scheme, dict.fromkeys(layers, (scheme.k_bits, scheme.v_bits))) for scheme in UNIFORM)
+    return [scheme for scheme, schedule in pairs if job.memory.total(schedule) <= room][-1]
+
+
 def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None]) -> None:
     """Measure schedule and uniform baseline through the real cache on held-out text; drop a schedule that loses."""
     recipe, config, layers = job.recipe, job.model.config, quantizable_layers(job.model.config)
     chosen = recipe.config(job.schedule)
-    base = recipe.uniform_below(chosen.average_bits(layers) if recipe.limits else recipe.bits)
-    uniform = recipe.config(dict.fromkeys(layers, (base.k_bits, base.v_bits)))
     hf.attach(job.model, chosen, job.maps)
+    base = baseline(job)
+    uniform = recipe.config(dict.fromkeys(layers, (base.k_bits, base.v_bits)))
     plain, maps = MapSource(recipe.rotation, recipe.seed), job.model.turboquant.maps
     makers = {"chosen": lambda: TurboQuantCache(config, chosen, maps)}
     if recipe.schedule != "uniform":
@@ -260,23 +304,27 @@ def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None
         {"layer": i, "k_bits": k, "v_bits": v, "sensitivity": _sensitivity(table, i, k, v)}
         for i, (k, v) in sorted(job.schedule.items())
     ]
-    stored = prove_packed(cache)
+    size = _bytes_per_token(job, prove_packed(cache))
     job.report.update(
         name=job.source.name, base_model=job.source.base_model, license=job.source.license, schedule=rows,
-        average_bits=chosen.average_bits(layers), stored_bits=stored, head_dim=dim,
+        average_bits=chosen.average_bits(layers), stored_bits=16 * size["packed"] / size["bfloat16"], head_dim=dim,
         kl=result.kl, kl_stderr=result.kl_stderr, ppl_before=result.ppl_exact, ppl_after=result.ppl, top1=result.top1,
         ppl_rise=held_out["max_ppl"], ppl_rise_stderr=100 * result.ppl_ratio_stderr,
         text=f"{recipe.verification.source}, {recipe.verification.windows} x {recipe.verification.length} tokens "
         "of articles not used to choose",
-        window=recipe.window, sinks=recipe.sinks, fell_back=fell_back,
+        window=recipe.window, sinks=recipe.sinks, fell_back=fell_back, memory=recipe.memory,
         **{name: getattr(recipe, name) for name in LOSSES},
         calibrated_maps=job.maps is not None, sample=sample,
         versions={"tq_ao": __version__, "torch": torch.__version__},
-        bytes_per_token=_bytes_per_token(job, stored),
+        bytes_per_token=size,
     )  # fmt: skip
+    if job.memory is not None:
+        job.report["cache"] = {"tokens": hf.static_length(job.report["context"]), "bytes": cache_bytes(job)}
+        if (held := sum(job.report["cache"]["bytes"].values())) > job.memory.mib * MIB:
+            raise RuntimeError(f"expected a cache of {job.memory.mib:g} MiB, counted {held / MIB:.3f}; report this")
     if "uniform" in measured:
         job.report["baseline_uniform"] = {
-            "bits": (base.k_bits + base.v_bits) / 2, "ppl": measured["uniform"].ppl,
+            "bits": base.average_bits, "ppl": measured["uniform"].ppl,
             "kl": measured["uniform"].kl, "kl_stderr": measured["uniform"].kl_stderr,
         }  # fmt: skip
 

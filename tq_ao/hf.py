@@ -76,7 +76,7 @@ class Attachment:
 
         The same buffers mean the same captured graphs.  "Nobody kept it" is its reference count.
         """
-        size = -(-max_cache_len // _STATIC_STEP) * _STATIC_STEP
+        size = static_length(max_cache_len)
         alone = self._last.references() <= _OURS_ALONE  # before the next line refers to it too
         last = self._last.item
         if (
@@ -91,6 +91,11 @@ class Attachment:
         new = self.make_cache(size)
         self._last, self._last_device = _Slot(new), device
         return new
+
+
+def static_length(tokens: int) -> int:
+    """Tokens that the static cache of a text of `tokens` is allocated for."""
+    return -(-tokens // _STATIC_STEP) * _STATIC_STEP
 
 
 def check_supported(config: PreTrainedConfig) -> None:

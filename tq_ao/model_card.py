@@ -22,6 +22,7 @@ def model_card(report: Mapping[str, Any]) -> str:
             kl, ppl_before, ppl_after: next-token KL (nats) and perplexity, packed against exact cache.
             baseline_uniform: {"bits", "kl", "ppl"} of the uniform schedule on the same text.
             text, window, sinks: what it was measured on; exact recent tokens; exact first tokens.
+            cache: {"tokens", "bytes": {part: bytes}} of the cache of one text, counted from its tensors.
             versions: {"tq_ao": ..., "torch": ...}.
             sample: {"prompt", "text"}, a generation from the packed cache.
 
@@ -112,7 +113,15 @@ def _measured(report: Mapping[str, Any]) -> str:
     settings += [f"the last {report['window']} tokens exact"] if report.get("window") is not None else []
     settings += [f"the first {report['sinks']} tokens exact"] if report.get("sinks") is not None else []
     how = f"Measured {', '.join(settings)}.\n\n" if settings else ""
-    return "## Measured\n\n" + how + _table(rows)
+    return "## Measured\n\n" + how + _table(rows) + _cache_size(report)
+
+
+def _cache_size(report: Mapping[str, Any]) -> str:
+    cache = report.get("cache")
+    if not cache:
+        return ""
+    size = sum(cache["bytes"].values()) / 2**20
+    return f"\n\nThe cache of a text of {cache['tokens']} tokens takes {size:.2f} MiB, maps and exact tokens included."
 
 
 def _schedule(report: Mapping[str, Any]) -> str:

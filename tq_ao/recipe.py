@@ -16,6 +16,9 @@ from tq_ao.calibration.target import LOSSES
 from tq_ao.codebook import BITS
 from tq_ao.config import LayerScheme, TurboQuantConfig
 
+# Uniform schedules, ascending: K takes the larger half.
+UNIFORM = tuple(LayerScheme(k, v) for k in BITS for v in BITS if 0 <= k - v <= 1)
+
 
 @dataclass(frozen=True)
 class Text:
@@ -47,9 +50,11 @@ class Recipe:
         model: alias, local folder or Hub id.
         schedule: "auto" (measured), "uniform", or layer index -> [k_bits, v_bits].
         bits: average code bits per value; for "uniform" a multiple of 0.5 (K gets the odd half: 2.5 is K 3, V 2).
-            With `max_kl` or `max_ppl`, the most it may take.
-        max_kl, max_ppl: take the fewest bits whose KL (nats) and rise of perplexity (percent), measured on the
-            calibration text, are at most this; "auto" schedules only.
+            With `max_kl` or `max_ppl`, the most it may take.  None: 3, or as many as `memory` has room for.
+        memory: instead of `bits`, MiB that the cache of a text of `context` tokens may take, counted as it is stored
+            (`tq_ao.footprint`); layers may then be 8 bits wide or stay exact; "auto" schedules only.
+        max_kl, max_ppl: take the fewest bits (the least memory) whose KL (nats) and rise of perplexity (percent),
+            measured on the calibration text, are at most this; "auto" schedules only.
         maps: "auto" calibrates maps and picks a variant per layer, "plain" keeps random rotations; read by "auto"
             schedules only.
         window, sinks, rotation, seed: see TurboQuantConfig.
@@ -63,7 +68,8 @@ class Recipe:
 
     model: str
     schedule: str | Mapping[int, tuple[int, int]] = "auto"
-    bits: float = 3.0
+    bits: float | None = None
+    memory: float | None = None
     max_kl: float | None = None
     max_ppl: float | None = None
     maps: str = "auto"
@@ -80,7 +86,13 @@ class Recipe:
             raise ValueError(f"expected schedule auto, uniform, a file or a mapping of layers, got {self.schedule!r}")
         if self.maps not in ("auto", "plain"):
             raise ValueError(f"expected maps auto or plain, got {self.maps!r}")
-        if not 1 <= self.bits <= 8:
+        if self.memory is None and self.bits is None:
+            object.__setattr__(self, "bits", 3.0)
+        if self.memory is not None and self.bits is not None:
+            raise ValueError(
+                f"expected bits or memory, got {self.bits} bits and {self.memory} MiB; leave one out (null in a recipe)"
+            )
+        if self.bits is not None and not 1 <= self.bits <= 8:
             raise ValueError(
                 f"expected bits between 1 and 8, got {self.bits}; widths are {BITS} and a schedule averages them"
             )
@@ -90,7 +102,9 @@ class Recipe:
             )
         if self.context is not None and (not isinstance(self.context, int) or self.context < 1):
             raise ValueError(f"expected context to be a number of tokens, or none, got {self.context!r}")
-        for name, limit in self.limits.items():
+        for name, limit in {**self.limits, "memory": self.memory}.items():
+            if limit is None:
+                continue
             if not _is_positive(limit):
                 raise ValueError(f"expected {name} to be a number above 0, got {limit!r}")
             if self.schedule != "auto":
@@ -113,10 +127,9 @@ class Recipe:
         Raises:
             ValueError: no pair of widths averages to `bits`.
         """
-        for k in BITS:
-            for v in BITS:
-                if k + v == 2 * self.bits and 0 <= k - v <= 1:
-                    return LayerScheme(k, v)
+        for scheme in UNIFORM:
+            if scheme.average_bits == self.bits:
+                return scheme
         raise ValueError(
             f"expected uniform bits 1, 1.5, 2, 2.5, 3, 3.5, 4 or 8, got {self.bits}; "
             "use schedule auto for other averages"
@@ -124,12 +137,8 @@ class Recipe:
 
     def uniform_below(self, average_bits: float | None = None) -> LayerScheme:
         """The widest uniform schedule of at most `average_bits` (default: `bits`): what a schedule has to beat."""
-        half = int((self.bits if average_bits is None else average_bits) * 2) / 2
-        while True:
-            try:
-                return replace(self, schedule="auto", bits=half).uniform()
-            except ValueError:
-                half -= 0.5
+        most = self.bits if average_bits is None else average_bits
+        return [scheme for scheme in UNIFORM if most is None or scheme.average_bits <= most][-1]
 
     def config(self, schedule: Mapping[int, tuple[int, int]]) -> TurboQuantConfig:
         """The TurboQuantConfig of a schedule under this recipe's window, sinks and rotations."""

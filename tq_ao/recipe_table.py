@@ -50,8 +50,9 @@ def result_file(recipe: Path, target: str, results: Path) -> Path | None:
         if path.exists():
             report = json.loads(path.read_text(encoding="utf-8"))
             limits = {name: report[name] for name in LOSSES if report.get(name) is not None}
-            same = (report["window"], report["sinks"], limits) == (wanted.window, wanted.sinks, wanted.limits)
-            if not same or report["average_bits"] > wanted.bits + 1e-6:
+            have = (report["window"], report["sinks"], report.get("memory"), limits)
+            same = have == (wanted.window, wanted.sinks, wanted.memory, wanted.limits)
+            if not same or (wanted.bits is not None and report["average_bits"] > wanted.bits + 1e-6):
                 raise ValueError(f"{path} was measured with other settings than {target} of {recipe}; measure it again")
             return path
     return None

@@ -59,6 +59,11 @@ class LayerMaps:
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, as `to` makes them on another device: each for itself."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
 
 def hadamard(dim: int) -> torch.Tensor:
     """Sylvester's Hadamard matrix [dim, dim], orthonormal, float64; dim is a power of two."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from tq_ao.calibration.allocation import Shape, knapsack
+from tq_ao.calibration.allocation import Memory, Shape, knapsack
 from tq_ao.calibration.repair import repair
 
 
@@ -43,6 +43,31 @@ def test_repair_improves_a_wrong_model(rng):
     assert fixed.value <= fixed.start
     assert fixed.value - best <= 0.7 * (fixed.start - best) + 1e-12
     assert all(shape.average(s) <= 2.5 + 1e-9 for s in calls)
+
+
+def test_repair_keeps_a_budget_in_bytes(rng):
+    """Layers with large maps and with small ones, so that equal bits are not equal bytes; exact ones stay so."""
+    truth, guess = setup_costs(rng)
+    layers, measured = range(6), []
+    truth |= {(i, side, 16): 0.0 for i in layers for side in ("key", "value")}
+    heads = {i: 1 + i % 3 for i in layers}
+    memory = Memory(
+        {i: (heads[i], 64) for i in layers}, 0.0, packed=1000, around=dict.fromkeys(layers, 5001),
+        maps={i: 16_389 * heads[i] for i in layers}, exact={i: 40_000 if i == 3 else 10**9 for i in layers},
+    )  # fmt: skip
+    budget = memory.needed(memory.total(dict.fromkeys(layers, (2, 3))))
+    start = knapsack(guess, memory, budget, exact=True)
+
+    def evaluate(schedule):
+        measured.append(schedule)
+        return measure(truth, schedule)
+
+    fixed = repair(start, evaluate, guess, memory, budget, evaluations=60)
+    assert fixed.value <= fixed.start and len(measured) > 10
+    assert all(memory.total(s) <= memory.room(budget) and s[3] == (16, 16) for s in measured)
+    blind = Shape(memory.layers)
+    loose = repair(start, evaluate, guess, blind, blind.average(start) + 0.5, evaluations=60)
+    assert any(memory.total(s) > memory.room(budget) for s in measured) and loose.value <= loose.start
 
 
 def test_repair_stops_when_evaluations_are_spent(rng):

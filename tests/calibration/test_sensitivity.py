@@ -14,9 +14,11 @@ from tq_ao.calibration.decoders import refit
 from tq_ao.calibration.gain import SHARE, compensated, gain
 from tq_ao.calibration.journal import Journal
 from tq_ao.calibration.sensitivity import METRICS, sensitivity
+from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.ranking import correlations, spearman
 from tq_ao.evaluation.setup import plain_maps
 from tq_ao.evaluation.simulate import LayerPlan
+from tq_ao.footprint import memory_budget
 
 
 @pytest.fixture
@@ -135,6 +137,42 @@ def test_calibrate_keeps_the_budget_and_beats_uniform_or_falls_back(maps, window
     assert (result.maps is None) == (maps == "plain" or result.fell_back)
     again = calibrate(model, windows[:3], plain, **arguments)
     assert again.table == pytest.approx(result.table, rel=1e-6)
+
+
+@pytest.mark.parametrize("maps", ["plain", "auto"])
+@pytest.mark.parametrize("limits", [{}, {"max_kl": 1e6}])
+def test_calibrate_keeps_a_budget_in_bytes(maps, limits, windows, monkeypatch):
+    """What it decides, every schedule it measures and the uniform one, with the maps each comes with."""
+    model, kept = tiny.model(num_hidden_layers=4), []
+    plain = plain_maps(model, [0, 1, 2, 3])
+    memory = memory_budget(model.config, 0.45, 1000, window=16, sinks=2, calibrated=True)
+
+    def held(plans):
+        sizes = replace(memory, maps={i: plan.maps.nbytes for i, plan in plans.items()})
+        return sizes.needed(sizes.total({i: (plan.k_bits, plan.v_bits) for i, plan in plans.items()}))
+
+    real = Evaluator.__call__
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, plans: kept.append(held(plans)) or real(self, plans))
+    arguments = {"memory": memory, "limits": limits, "widths": (1, 2, 3, 4, 8), "window": 16, "sinks": 2, "maps": maps}
+    result = calibrate(model, windows[:3], plain, verification=windows[3:], repair_evaluations=4, **arguments)
+    assert len(kept) >= 4 and max(kept) <= 0.45
+    assert set(result.schedule) == {0, 1, 2, 3}
+    if limits:  # anything is good enough: the least there is, and no more for the uniform one
+        assert kept[-1] <= kept[-2] < 0.35
+    else:
+        assert max(kept) > 0.4, "room is used"
+    packed = {i for i, pair in result.schedule.items() if pair != (16, 16)}
+    assert result.maps is None if maps == "plain" or result.fell_back else set(result.maps) == packed
+
+
+def test_a_budget_is_one_of_bits_and_memory(windows):
+    model = tiny.model()
+    memory = memory_budget(model.config, 0.4, 1000, window=16, sinks=2, calibrated=True)
+    for budget in ({}, {"bits": 3, "memory": memory}):
+        with pytest.raises(ValueError, match="expected a budget of bits or of memory"):
+            calibrate(model, windows[:3], plain_maps(model, [0, 1, 2]), **budget)
+    with pytest.raises(ValueError, match=r"at least 0\.\d+ MiB"):
+        calibrate(model, windows[:3], plain_maps(model, [0, 1, 2]), memory=replace(memory, mib=0.1), maps="plain")
 
 
 @pytest.mark.parametrize("maps", ["plain", "auto"])

@@ -16,13 +16,16 @@ import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config
 
 import tq_ao.convert
+from tq_ao import footprint
 from tq_ao.calibration.calibrate import CalibrationResult
-from tq_ao.config import TRANSFORMS_FILE
+from tq_ao.codebook import BITS
+from tq_ao.config import TRANSFORMS_FILE, LayerScheme
 from tq_ao.evaluation.evaluator import Evaluator
-from tq_ao.recipe import load
+from tq_ao.hf import static_length
+from tq_ao.recipe import Recipe, load
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("convert_script", ROOT / "scripts" / "convert.py")
@@ -58,7 +61,7 @@ def text(tmp_path):
 def run(base, text, tmp_path, *flags):
     out = tmp_path / "out"
     where = ["--calibration", str(text), "--output-dir", str(out), "--json", str(tmp_path / "r.json")]
-    return script.main([str(base), *where, *FAST, *flags]), out
+    return script.main([str(base), *where, *(FAST if "--memory" not in flags else FAST[:-2]), *flags]), out
 
 
 @pytest.mark.parametrize("schedule", ["auto", "uniform", "file"])
@@ -121,6 +124,74 @@ def test_maps_are_made_for_what_the_model_can_read_or_what_was_asked_for(base, t
     reach = json.loads((base / "config.json").read_text())["max_position_embeddings"]
     assert [found[c]["context"] for c in found] == [reach, 200, 100_000]
     assert found[200]["sensitivity"] != found[100_000]["sensitivity"]
+
+
+def held(cache):
+    """Bytes of all storages of a cache that has been used, and of the maps its layers read."""
+    tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+    tensors += [t for layer in cache.packed_layers() for t in layer.layer_maps.tensors().values()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("mib", [0.3, 0.45])
+def test_a_schedule_within_so_much_memory(mib, base, text, tmp_path, capsys):
+    """900 tokens, for which `generate` allocates 1024."""
+    code, out = run(base, text, tmp_path, "--memory", f"{mib}", "--context", "900")
+    assert code == 0 and (load(out / "recipe.yaml").bits, load(out / "recipe.yaml").memory) == (None, mib)
+    report = json.loads((tmp_path / "r.json").read_text())
+    said = re.search(rf"a text of 1024 tokens takes ([\d.]+) MiB of {mib}, counted", capsys.readouterr().out)
+    assert report["memory"] == mib and report["cache"]["tokens"] == 1024
+    counted = sum(report["cache"]["bytes"].values())
+    assert float(said[1]) == pytest.approx(counted / 2**20, abs=0.006) and not report["fell_back"]
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    cache = model.generate(
+        torch.arange(200)[None], attention_mask=torch.ones(1, 200), max_length=900, max_new_tokens=None,
+        cache_implementation="static", stopping_criteria=[lambda ids, scores: ids.shape[1] > 201],
+        return_dict_in_generate=True,
+    )[tiny.CACHE]  # fmt: skip
+    assert cache.get_max_length() == 1024 and 0.9 * counted < held(cache) <= counted <= mib * 2**20
+    quantization, maps = model.turboquant.quantization, model.turboquant.maps
+    packed = {i for i, scheme in quantization.layers.items() if not scheme.exact}
+    assert set(maps.calibrated) == packed
+    for i in packed:  # nothing better fits: widths one up on either side
+        pair = {"key": quantization.layers[i].k_bits, "value": quantization.layers[i].v_bits}
+        for side, bits in pair.items():
+            wider = BITS[min(BITS.index(bits) + 1, len(BITS) - 1)]
+            if report["sensitivity"][f"{i}.{side}.{wider}"] < report["sensitivity"][f"{i}.{side}.{bits}"]:
+                better = LayerScheme(*{**pair, side: wider}.values())
+                layers = {**quantization.layers, i: better}
+                trial = tq_ao.TurboQuantCache(model.config, replace(quantization, layers=layers), maps, 1024)
+                assert sum(sum(part.values()) for part in footprint.count(trial, model.config)) > mib * 2**20
+
+
+def test_short_of_maps_memory_keeps_layers_exact(base, text, tmp_path):
+    """At 384 tokens what is around the codes of a layer takes more than half of what it takes exact."""
+    code, out = run(base, text, tmp_path, "--memory", "0.25", "--context", "384", "--window", "16")
+    report = json.loads((tmp_path / "r.json").read_text())
+    exact = [row for row in report["schedule"] if row["k_bits"] == 16]
+    assert code == 0 and len(exact) in (1, 2) and all(row["v_bits"] == 16 for row in exact)
+    assert report["stored_bits"] > 16 * len(exact) / 3
+    maps = {name.split(".")[1] for name in load_file(out / TRANSFORMS_FILE)} if report["calibrated_maps"] else set()
+    assert not maps & {str(row["layer"]) for row in exact}
+
+
+def test_the_uniform_schedule_fits_the_memory_too(base, text, tmp_path, monkeypatch):
+    def worst(model, windows, layers, *, memory, **kwargs):
+        return CalibrationResult(dict.fromkeys(layers, (1, 1)), None, {}, {}, 1.0)
+
+    monkeypatch.setattr(tq_ao.convert, "calibrate", worst)
+    assert run(base, text, tmp_path, "--memory", "0.35", "--context", "1024")[0] == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["fell_back"] and 1 < report["average_bits"] == report["baseline_uniform"]["bits"]
+    assert 0.31 < sum(report["cache"]["bytes"].values()) / 2**20 <= 0.35
+
+
+def test_the_least_memory_that_meets_a_target(base, text, tmp_path):
+    flags = ["--memory", "0.5", "--context", "1024", "--max-kl"]
+    assert run(base, text, tmp_path, *flags, "1000")[0] == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["average_bits"] == 1 and sum(report["cache"]["bytes"].values()) < 0.32 * 2**20
+    assert report["fell_back"] or report["baseline_uniform"]["bits"] == 1
 
 
 def test_a_converted_model_can_be_converted_again(base, text, tmp_path):
@@ -260,6 +331,8 @@ def test_names_of_outputs():
     assert script.default_output(script.settings(args), args.target) == Path("m-tq-ppl1")
     args = script.parse(["org/m", "--max-ppl", "0.5", "--max-kl", "0.02"])
     assert script.default_output(script.settings(args), args.target) == Path("m-tq-kl0.02-ppl0.5")
+    args = script.parse(["org/m", "--memory", "30", "--max-kl", "0.02"])
+    assert script.default_output(script.settings(args), args.target) == Path("m-tq-30mib-kl0.02")
     args = script.parse(["gemma-2b", "--bits", "2.5"])
     assert script.default_output(script.settings(args), args.target) == Path("gemma-2b-tq2.5")
     assert script.default_output(script.settings(args), "memory-first") == Path("gemma-2b-tq-memory-first")
@@ -276,6 +349,7 @@ def test_names_of_outputs():
         (["--max-ppl", "0"], "max_ppl to be a number above 0, got 0.0"),
         (["--max-ppl", "-1"], "max_ppl to be a number above 0, got -1.0"),
         (["--max-ppl", "nan"], "max_ppl to be a number above 0, got nan"),
+        (["--memory", "1", "--bits", "3"], "expected bits or memory, got 3.0 bits and 1.0 MiB; leave one out"),
         (["--schedule", "nowhere.yaml"], "nowhere.yaml"),
         (["--output-dir", "/proc/nope/out"], "/proc"),
         (["--calibration", "EMPTY"], "empty"),
@@ -292,6 +366,54 @@ def test_mistakes_get_one_line_and_leave_nothing(flags, message, base, text, tmp
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert code != 0 and len(errors) == 1 and message in errors[0]
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--memory", "0"], "expected memory to be a number above 0, got 0.0"),
+        (["--memory", "-3"], "expected memory to be a number above 0, got -3.0"),
+        (["--memory", "inf"], "expected memory to be a number above 0, got inf"),
+        (["--memory", "1", "--schedule", "uniform"], "expected schedule auto with memory, got 'uniform'"),
+        (
+            ["--memory", "0.1"],
+            r"expected memory of at least 0\.\d{3} MiB, got 0.1: the least that a cache for 1024",
+        ),
+        (["--memory", "5"], r"expected memory below 0\.750 MiB, got 5: the exact cache for 1024 tokens fits"),
+        (["--memory", "1", "--context", "100"], "a context that packing makes smaller, got 128 tokens"),
+        (
+            ["--memory", "0.4", "--max-kl", "1e-9"],
+            "expected a target that 0.4 MiB can meet, got KL 1e-09; measured",
+        ),
+    ],
+)
+def test_mistakes_about_memory(flags, message, base, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    where = ["--calibration", str(text), "--output-dir", str(out), "--context", "1024"]
+    assert script.main([str(base), *where, *FAST[:-2], *flags]) == 1 and not out.exists()
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.search(message, errors[0]), errors
+    assert ("loading" in said) == ("--max-kl" in flags), "before anything is loaded"
+
+
+def test_memory_takes_the_place_of_a_recipes_bits_and_bits_of_its_memory(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: m\nbits: 3\n")
+    found = script.settings(script.parse(["--recipe", str(path), "--memory", "30"]))
+    assert (found.bits, found.memory) == (None, 30)
+    path.write_text("model: m\nmemory: 30\n")
+    assert (load(path).bits, load(path).memory) == (None, 30)
+    found = script.settings(script.parse(["--recipe", str(path), "--bits", "2"]))
+    assert (found.bits, found.memory) == (2, None)
+
+
+def test_a_context_has_to_be_known_for_memory(base, monkeypatch):
+    config = AutoConfig.from_pretrained(base)
+    monkeypatch.setattr(tq_ao.convert, "longest_text", lambda config: float("inf"))
+    with pytest.raises(ValueError, match="expected a context with memory, got none"):
+        tq_ao.convert.memory_of(Recipe("m", memory=1.0), config)
+    assert static_length(1) == static_length(128) == 128 and static_length(129) == 256
 
 
 @pytest.mark.parametrize("flags", [["--max-ppl", "1%"], ["--max-kl", "low"], ["--max-ppl"], ["--maximum", "1"]])

@@ -4,6 +4,7 @@
 
     layers = {i: rotation_maps("hadamard", kv_heads, head_dim, seed_of(i)) for i in quantised_layers}
     result = calibrate(model, calibration_windows, layers, bits=3.0, window=128, sinks=4,
+                       # or, instead of bits, memory=footprint.memory_budget(...) and widths=(1, 2, 3, 4, 8)
                        maps="auto",                     # or "plain": TurboQuant's rotations, schedule only
                        verification=held_out_windows,   # joint check; falls back to uniform if it does not win
                        repair_evaluations=0, journal=path, seed=0, progress=True, report=print)

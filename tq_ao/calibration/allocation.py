@@ -1,13 +1,15 @@
 """Which layer gets how many bits: exact knapsack over per-layer (K bits, V bits), and the baselines.
 
 Costs are additive: cost[layer, side, bits] is what quantising that side of that layer alone does (KL in nats,
-or any other sensitivity).  Sizes count code bits per value, or stored bits (codes and fp16 scales).
+or any other sensitivity).  Sizes count code bits per value, stored bits (codes and fp16 scales), or all the bytes of a
+cache as they lie in memory.
 """
 
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import gcd
+from typing import ClassVar
 
 from tq_ao.codebook import BITS
 from tq_ao.config import EXACT
@@ -15,14 +17,15 @@ from tq_ao.config import EXACT
 Schedule = dict[int, tuple[int, int]]
 Costs = Mapping[tuple[int, str, int], float]  # (layer, "key" | "value", bits) -> cost
 SCALE_BITS = 16
-_MAX_CELLS = 200_000
+MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the quantised layers: layer -> (kv_heads, head_dim)."""
+    """Sizes of the quantised layers: layer -> (kv_heads, head_dim).  Budgets are average bits per value."""
 
     layers: Mapping[int, tuple[int, int]]
+    unit: ClassVar[str] = "bits"
 
     @classmethod
     def same(cls, layers: Iterable[int], kv_heads: int = 1, head_dim: int = 128) -> "Shape":
@@ -39,78 +42,145 @@ class Shape:
         scales = 2 * heads * SCALE_BITS if stored and k_bits != EXACT else 0
         return heads * dim * (k_bits + v_bits) + scales
 
+    def total(self, schedule: Mapping[int, tuple[int, int]], *, stored: bool = False) -> int:
+        """Size of a schedule: the sum over its layers."""
+        return sum(self.size(i, *schedule[i], stored=stored) for i in self.layers)
+
     def average(self, schedule: Mapping[int, tuple[int, int]], *, stored: bool = False) -> float:
         """Average bits per value of a schedule."""
-        return sum(self.size(i, *schedule[i], stored=stored) for i in self.layers) / self.values()
+        return sum(Shape.size(self, i, *schedule[i], stored=stored) for i in self.layers) / self.values()
+
+    def room(self, budget: float) -> int:
+        """The largest `total` within a budget."""
+        return int(budget * self.values() * (1 + 1e-9))
+
+    def needed(self, total: int) -> float:
+        """The smallest budget with room for a `total`."""
+        return total / self.values()
+
+
+@dataclass(frozen=True)
+class Memory(Shape):
+    """The same layers in a static cache for one text, as it lies in memory: sizes in bytes, budgets in MiB.
+
+    Attributes:
+        mib: the budget, for the whole cache.
+        packed: tokens that packed layers hold in tiles, as codes and fp16 scales.
+        around: layer -> bytes of its exact tokens and counters, if it is packed.
+        maps: layer -> bytes of its maps, shifts and feedback, if it is packed.
+        exact: layer -> bytes if it is kept exact.
+        beside: bytes of the layers that are not scheduled.
+    """
+
+    mib: float
+    packed: int
+    around: Mapping[int, int]
+    maps: Mapping[int, int]
+    exact: Mapping[int, int]
+    beside: int = 0
+    unit: ClassVar[str] = "MiB"
+
+    def size(self, layer: int, k_bits: int, v_bits: int, *, stored: bool = True) -> int:
+        """Bytes of a layer; always as stored."""
+        if k_bits == EXACT:
+            return self.exact[layer]
+        per_token = super().size(layer, k_bits, v_bits, stored=True) // 8  # whole bytes: head_dim is a multiple of 32
+        return self.packed * per_token + self.around[layer] + self.maps[layer]
+
+    def room(self, budget: float) -> int:
+        """The largest `total` within a budget."""
+        return int(budget * MIB) - self.beside
+
+    def needed(self, total: int) -> float:
+        """The smallest budget with room for a `total`."""
+        return (total + self.beside) / MIB
+
+
+def offered(bits: Sequence[int], exact: bool) -> list[tuple[int, int]]:
+    """All (K bits, V bits) of the given widths, and both exact if `exact`.
+
+    Raises:
+        ValueError: an unknown width.
+    """
+    if unknown := set(bits) - set(BITS):
+        raise ValueError(f"expected bits from {BITS}, got {sorted(unknown)}")
+    return [(k, v) for k in bits for v in bits] + ([(EXACT, EXACT)] if exact else [])
+
+
+def smallest(shape: Shape, pairs: Sequence[tuple[int, int]], *, stored: bool = False) -> float:
+    """The smallest budget that some schedule of these pairs fits."""
+    return shape.needed(sum(min(shape.size(i, *pair, stored=stored) for pair in pairs) for i in shape.layers))
+
+
+def rounded_up(budget: float) -> str:
+    """A budget with three decimals that is never less."""
+    return f"{math.ceil(1000 * budget - 1e-6) / 1000:.3f}"
 
 
 def knapsack(
     costs: Costs,
     shape: Shape,
-    average_bits: float,
+    budget: float,
     *,
     bits: Sequence[int] = (1, 2, 3, 4),
     exact: bool = False,
     stored: bool = False,
 ) -> Schedule:
-    """The schedule of least additive cost whose average bits per value do not exceed a budget.
+    """The schedule of least additive cost within a budget.
+
+    Layer by layer it keeps every sum of sizes that no smaller one undercuts in cost: exact for sizes of any kind, and
+    with real costs a few hundred sums.
 
     Args:
         costs: cost of every (layer, side, bits) on offer.
         shape: sizes of the layers to schedule.
-        average_bits: budget, in code bits per value (stored bits if `stored`).
+        budget: average code bits per value (stored bits if `stored`), or what else `shape` counts.
         bits: widths on offer for each side.
         exact: also offer keeping a layer exact (16 bits both sides, cost 0).
-        stored: count fp16 scales.
+        stored: count fp16 scales (`Memory` always does).
 
     Raises:
-        ValueError: the budget is below the smallest schedule, or a width is unknown.
+        ValueError: the budget is below the smallest schedule, a width is unknown, or every schedule has a cost that is
+            not a finite number.
     """
-    if unknown := set(bits) - set(BITS):
-        raise ValueError(f"expected bits from {BITS}, got {sorted(unknown)}")
-    layers = sorted(shape.layers)
-    pairs = [(k, v) for k in bits for v in bits] + ([(EXACT, EXACT)] if exact else [])
+    pairs, layers = offered(bits, exact), sorted(shape.layers)
     sizes = {i: [shape.size(i, *pair, stored=stored) for pair in pairs] for i in layers}
-    budget = average_bits * shape.values() * (1 + 1e-9)
-    smallest = sum(min(s) for s in sizes.values())
-    if smallest > budget:
-        raise ValueError(
-            f"expected a budget of at least {smallest / shape.values():.3f} bits per value for widths {tuple(bits)}, "
-            f"got {average_bits}"
-        )
-    unit = gcd(*(s for row in sizes.values() for s in row))
-    unit *= max(1, -(-int(budget // unit) // _MAX_CELLS))
-    room = int(budget // unit)
-    best = [0.0] + [float("inf")] * room  # least cost using exactly so many cells
-    choices: list[list[int]] = []
-    for layer in layers:
-        priced = [
-            (
-                -(-size // unit),
-                0.0 if pair[0] == EXACT else costs[layer, "key", pair[0]] + costs[layer, "value", pair[1]],
-                n,
-            )
-            for n, (pair, size) in enumerate(zip(pairs, sizes[layer], strict=True))
-        ]
-        new, chosen = [float("inf")] * (room + 1), [-1] * (room + 1)
-        for cells, cost, n in priced:
-            for used in range(room - cells + 1):
-                total = best[used] + cost
-                if total < new[used + cells]:
-                    new[used + cells], chosen[used + cells] = total, n
-        best = new
-        choices.append(chosen)
-    used = min(range(room + 1), key=best.__getitem__)
-    if best[used] == float("inf"):
-        raise ValueError(
-            f"no schedule of widths {tuple(bits)} fits {average_bits} bits per value on this grid; raise the budget"
-        )
+    least = sum(map(min, sizes.values()))
+    room = shape.room(budget) - least  # for what goes beyond the smallest of every layer
+    if room < 0:
+        needed = rounded_up(shape.needed(least))
+        raise ValueError(f"expected a budget of at least {needed} {shape.unit} for widths {tuple(bits)}, got {budget}")
+    front: list[_Sum] = [(0, 0.0, 0, 0)]
+    fronts = []
+    for i in layers:
+        priced = [0.0 if k == EXACT else costs[i, "key", k] + costs[i, "value", v] for k, v in pairs]
+        priced = [math.inf if math.isnan(cost) else cost for cost in priced]
+        extra = [size - min(sizes[i]) for size in sizes[i]]
+        front = _undercut(
+            (size + extra[n], cost + priced[n], n, m)
+            for n in range(len(pairs)) for m, (size, cost, _, _) in enumerate(front) if size + extra[n] <= room
+        )  # fmt: skip
+        fronts.append(front)
+    if math.isinf(front[-1][1]):
+        raise ValueError(f"expected costs of widths {tuple(bits)} that are finite, got none for a whole schedule")
     schedule: Schedule = {}
-    for layer, chosen in zip(reversed(layers), reversed(choices), strict=True):
-        n = chosen[used]
-        schedule[layer] = pairs[n]
-        used -= -(-sizes[layer][n] // unit)
+    at = -1  # the last is the cheapest
+    for i, front in zip(reversed(layers), reversed(fronts), strict=True):
+        _, _, n, at = front[at]
+        schedule[i] = pairs[n]
     return dict(sorted(schedule.items()))
+
+
+_Sum = tuple[int, float, int, int]  # size, cost, index of the last layer's pair, index of the sum it was added to
+
+
+def _undercut(sums: Iterable[_Sum]) -> list[_Sum]:
+    """Those that cost less than every smaller one, in ascending order of size."""
+    kept: list[_Sum] = []
+    for candidate in sorted(sums):
+        if not kept or candidate[1] < kept[-1][1]:
+            kept.append(candidate)
+    return kept
 
 
 def additive_cost(costs: Costs, schedule: Mapping[int, tuple[int, int]]) -> float:

@@ -1,13 +1,14 @@
 """The whole calibration: statistics, maps per layer, sensitivities, bits per layer, measured check and repair."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from tq_ao.calibration.allocation import Schedule, Shape, knapsack, uniform
+from tq_ao.calibration.allocation import Memory, Schedule, Shape, additive_cost, knapsack, offered, smallest, uniform
 from tq_ao.calibration.capture import trace, window_start
 from tq_ao.calibration.gain import compensated
 from tq_ao.calibration.journal import Journal
@@ -17,6 +18,7 @@ from tq_ao.calibration.statistics import LayerStatistics, accumulate, readout_gr
 from tq_ao.calibration.target import describe, losses, meet
 from tq_ao.calibration.transforms import KEY_CHOICES, VALUE_CHOICES
 from tq_ao.calibration.variants import Choice, choose_variants
+from tq_ao.config import EXACT
 from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.metrics import SKIP, Metrics
 from tq_ao.evaluation.simulate import LayerPlan
@@ -28,13 +30,14 @@ class CalibrationResult:
     """What `calibrate` decided, and why.
 
     Attributes:
-        schedule: layer -> (k_bits, v_bits) for every quantised layer.
-        maps: layer -> calibrated LayerMaps (CPU) for exactly these bit widths, or None for plain TurboQuant rotations.
+        schedule: layer -> (k_bits, v_bits) for every quantised layer; (16, 16) is kept exact.
+        maps: packed layer -> calibrated LayerMaps (CPU) for exactly these bit widths, or None for plain TurboQuant
+            rotations.
         table: (layer, "key" | "value", bits) -> estimated KL in nats.
         variants: layer -> (key variant, value variant), empty with plain maps.
         average_bits: code bits per value of `schedule`.
-        chosen, uniform: measured Metrics on `verification` windows of the schedule and of the uniform schedule of
-            the same (rounded-down) width with plain maps, or None if verification was switched off.
+        chosen, uniform: measured Metrics on `verification` windows of the schedule and of the widest uniform schedule
+            within the budget with plain maps, or None if verification was switched off.
         fell_back: the uniform schedule won the measurement and was taken instead.
         repair: what measured swaps changed, or None.
         choices: every layer's variants with their scores, empty with plain maps.
@@ -58,7 +61,8 @@ def calibrate(
     layers: Mapping[int, LayerMaps],
     *,
     recall: torch.Tensor | None = None,
-    bits: float,
+    bits: float | None = None,
+    memory: Memory | None = None,
     limits: Mapping[str, float] | None = None,
     widths: Sequence[int] = (1, 2, 3, 4),
     window: int = 128,
@@ -84,8 +88,10 @@ def calibrate(
             thirds and one third like `windows`, but not in what is measured.
         layers: layer index -> its plain maps (what the cache would use uncalibrated); exactly these are quantised.
         bits: budget, average code bits per value.
-        limits: take the smallest budget up to `bits` whose schedule measures at most these losses on the sensitivity
-            windows, all of them: "max_kl" (nats), "max_ppl" (rise of perplexity in percent); none takes `bits`.
+        memory: budget in bytes instead, with layers kept exact on offer; `maps` of a packed layer are counted as they
+            come out, whatever it says of them.
+        limits: take the smallest budget up to that one whose schedule measures at most these losses on the sensitivity
+            windows, all of them: "max_kl" (nats), "max_ppl" (rise of perplexity in percent); none takes all of it.
         widths: code widths on offer.
         maps: "plain" keeps `layers`' maps; "auto" calibrates and chooses a variant per layer.
         metric: sensitivity the allocation uses.
@@ -101,12 +107,14 @@ def calibrate(
         CalibrationResult.
 
     Raises:
-        ValueError: too few windows, a budget no schedule fits, or `limits` that `bits` cannot meet.
+        ValueError: too few windows, no budget or two, one that no schedule (or no uniform one) fits, or `limits` that
+            it cannot meet.
     """
     if windows.shape[0] < 3:
         raise ValueError(
             f"expected at least 3 calibration windows, got {windows.shape[0]}; give more text or shorter windows"
         )
+    budget = _budget(bits, memory)
     say = report or (lambda message: None)
     recall = windows[:0] if recall is None else recall
     settings = (recall.shape[0], maps, metric, window, sinks, seed, context, widths, KEY_CHOICES, VALUE_CHOICES)
@@ -133,42 +141,49 @@ def calibrate(
         context=context, seed=seed, journal=log, progress=progress,
     )  # fmt: skip
 
+    def counted(m: Mapping[int, LayerMaps]) -> Shape:
+        return shape if memory is None else replace(memory, maps={i: one.nbytes for i, one in m.items()})
+
     def final(s: Schedule) -> dict[int, LayerMaps]:
         return {i: compensated(chosen_maps[i], *pair) for i, pair in s.items()} if maps == "auto" else plain
 
     def plans(s: Schedule, m: Mapping[int, LayerMaps]) -> dict[int, LayerPlan]:
         return {i: LayerPlan(*pair, m[i]) for i, pair in s.items()}
 
+    sizes, exact = counted(chosen_maps), memory is not None
+    within = partial(knapsack, table, sizes, bits=widths, exact=exact)
+    schedule = within(budget)
     if limits or repair_evaluations:
         evaluate = Evaluator(model, measured, window=window, sinks=sinks, stride=stride)
     if limits:
+        low, high = smallest(sizes, offered(widths, exact)), budget if exact else min(budget, max(widths))
         found = meet(
-            limits, lambda b: knapsack(table, shape, b, bits=widths),
-            lambda s: losses(evaluate(plans(s, final(s)))), low=min(widths), high=min(bits, max(widths)),
+            limits, within, lambda s: losses(evaluate(plans(s, final(s)))),
+            low=low, high=high, step=max((high - low) / 24, 1e-6) if exact else 0.125, unit=sizes.unit,
         )  # fmt: skip
-        bits = found.budget
+        budget, schedule = found.budget, found.schedule
         say(
-            f"{describe(limits, found.values)} at {bits:g} bits, the fewest found to stay within {describe(limits)} "
-            "on the calibration text"
+            f"{describe(limits, found.values)} at {budget:g} {sizes.unit}, the fewest found to stay within "
+            f"{describe(limits)} on the calibration text"
         )
-    schedule = knapsack(table, shape, bits, bits=widths)
-    say(f"additive schedule: {shape.average(schedule):.3f} bits, predicted KL {_predicted(table, schedule):.5f}")
+    say(f"additive schedule: {shape.average(schedule):.3f} bits, predicted KL {additive_cost(table, schedule):.5f}")
     fixed: Repair | None = None
     if repair_evaluations:
         fixed = repair(
-            schedule, lambda s: evaluate(plans(s, final(s))).kl, table, shape, bits,
+            schedule, lambda s: evaluate(plans(s, final(s))).kl, table, sizes, budget,
             evaluations=repair_evaluations, bits=widths,
             report=lambda move, value, accepted: say(f"{move}: KL {value:.5f} {'kept' if accepted else 'undone'}"),
         )  # fmt: skip
         schedule = fixed.schedule
+    kept = {i: m.to("cpu") for i, m in final(schedule).items() if schedule[i] != (EXACT, EXACT)}
     result = CalibrationResult(
-        schedule, {i: m.to("cpu") for i, m in final(schedule).items()} if maps == "auto" else None, table, variants,
-        shape.average(schedule), repair=fixed, choices=choices,
+        schedule, kept if maps == "auto" else None, table, variants, shape.average(schedule), repair=fixed,
+        choices=choices,
     )  # fmt: skip
     if verification is None:
         return result
     check = Evaluator(model, verification, window=window, sinks=sinks, stride=stride)
-    width = _width_below(bits, widths)
+    width = _width_within(counted(plain), budget, widths)
     flat = uniform(shape, width)
     mine, base = check(plans(schedule, final(schedule))), check(plans(flat, plain))
     say(f"held-out KL {mine.kl:.5f} at {result.average_bits:.2f} bits, uniform {width} plain {base.kl:.5f}")
@@ -209,13 +224,20 @@ def collect(
     return statistics
 
 
-def _predicted(table: Table, schedule: Schedule) -> float:
-    return sum(table[i, "key", k] + table[i, "value", v] for i, (k, v) in schedule.items())
+def _budget(bits: float | None, memory: Memory | None) -> float:
+    if memory is not None and bits is None:
+        return memory.mib
+    if bits is not None and memory is None:
+        return bits
+    raise ValueError(f"expected a budget of bits or of memory, got {bits} and {memory}; give one of them")
 
 
-def _width_below(bits: float, widths: Sequence[int]) -> int:
+def _width_within(sizes: Shape, budget: float, widths: Sequence[int]) -> int:
     """The widest uniform schedule within the budget."""
-    return max((b for b in widths if b <= bits), default=min(widths))
+    fitting = [b for b in widths if sizes.total(uniform(sizes, b)) <= sizes.room(budget)]
+    if not fitting:
+        raise ValueError(f"expected a budget that packs all layers, got {budget:g} {sizes.unit}; give more")
+    return max(fitting)
 
 
 def _fingerprint(model: torch.nn.Module, windows: torch.Tensor, *settings: object) -> list[object]:

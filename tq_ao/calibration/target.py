@@ -60,20 +60,22 @@ def meet(
     low: float = 1.0,
     high: float = 4.0,
     step: float = 0.125,
+    unit: str = "bits",
 ) -> Target:
     """Smallest budget on a grid whose schedule measures within all limits.
 
     Args:
         limits: largest acceptable losses, by their names in LOSSES.
-        schedule_for: budget in average bits -> schedule, e.g. `allocation.knapsack` with its table.
+        schedule_for: budget -> schedule, e.g. `allocation.knapsack` with its table.
         measure: losses of a schedule by the same names; taken to fall as the budget grows. Where noise makes one rise,
             what is found is within the limits, but fewer bits may be, too.
         low, high, step: grid of budgets, none above `high`; log2((high - low) / step) measurements.
+        unit: of budgets, in words.
 
     Raises:
         ValueError: even `high` misses a limit.
     """
-    budgets = [low + step * n for n in range(int((high - low) / step + 1e-9) + 1)]
+    budgets = [min(high, low + step * n) for n in range(int((high - low) / step + 1e-9) + 1)]
     seen: dict[int, tuple[Schedule, Mapping[str, float]]] = {}
 
     def values(n: int) -> Mapping[str, float]:
@@ -85,8 +87,8 @@ def meet(
     first, last = 0, len(budgets) - 1
     if missed(limits, values(last)):
         raise ValueError(
-            f"expected a target that {high:g} bits can meet, got {describe(limits)}; measured there: "
-            f"{describe(limits, values(last))}; raise the target or the bits"
+            f"expected a target that {high:g} {unit} can meet, got {describe(limits)}; measured there: "
+            f"{describe(limits, values(last))}; raise the target or the {unit}"
         )
     while first < last:
         middle = (first + last) // 2

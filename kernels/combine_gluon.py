@@ -1,9 +1,9 @@
 """combine.py with every layout chosen by hand (Gluon, sm_80 and newer): the tail of each decode step.
 
-Same formula, grid and buffers.  A thread holds PARTS_EACH partial results of one query at a time, so merging needs no
-exchange while every warp has queries of its own; the output map waits in shared memory, copied while the splits end;
-the product with it is plain float32 multiply-adds, which is fewer instructions than tensor-core operands would take to
-build.  Block: WR warps over queries times WP over partial results.
+Same formula, grid and buffers.  A warp holds PARTS partial results of 1 / WD of the dimensions of one query at a time,
+so that merging them exchanges nothing between warps; the output map waits in shared memory, copied while the splits
+end; the product with it is plain float32 multiply-adds, which is fewer instructions than tensor-core operands would
+take to build.  Block: R warps over queries times WD over dimensions.
 """
 
 from triton.experimental import gluon
@@ -63,22 +63,25 @@ def _merge(
 def combine_gluon_kernel(
     split_o, split_ml, exact_o, exact_ml, output_map, value_shift, sink_logits, out,
     batch, heads, splits, chunks,
-    G: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, COLUMNS: gl.constexpr, R: gl.constexpr, WR: gl.constexpr,
-    WP: gl.constexpr, PARTS_EACH: gl.constexpr, MORE: gl.constexpr, HAS_SINK: gl.constexpr, PDL: gl.constexpr,
-    num_warps: gl.constexpr,
+    G: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, COLUMNS: gl.constexpr, R: gl.constexpr, WD: gl.constexpr,
+    PARTS: gl.constexpr, MORE: gl.constexpr, E_PARTS: gl.constexpr, E_MORE: gl.constexpr, HAS_SINK: gl.constexpr,
+    PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """combine.combine_kernel; R queries and PARTS_EACH * WP partial results at a time; MORE: there are more of them."""
-    P: gl.constexpr = PARTS_EACH * WP
-    LANES: gl.constexpr = DP // 4 if DP < 128 else 32
+    """combine.combine_kernel; at a time R queries, PARTS of their splits, E_PARTS of their chunks (MORE: not all)."""
+    LANES: gl.constexpr = DP // (4 * WD) if DP < 128 * WD else 32  # over dimensions, the others over partial results
+    E_LANES: gl.constexpr = COLUMNS // (4 * WD) if COLUMNS < 128 * WD else 32
     C_LANES: gl.constexpr = COLUMNS // 4 if COLUMNS < 128 else 32
     K_LANES: gl.constexpr = 32 // C_LANES
     K_WIDE: gl.constexpr = num_warps * K_LANES
     K_MOST: gl.constexpr = 4 if R > 4 else 8
     K_EACH: gl.constexpr = K_MOST if K_WIDE * K_MOST <= DP else DP // K_WIDE
     gl.static_assert(K_EACH > 0 and DP % (K_WIDE * K_EACH) == 0, "more warps than the product has rows for")
-    L_S: gl.constexpr = gl.BlockedLayout([PARTS_EACH, 1, 4], [1, 32 // LANES, LANES], [WP, WR, 1], [2, 1, 0])
-    L_E: gl.constexpr = gl.BlockedLayout([PARTS_EACH, 1, 4], [1, 32 // C_LANES, C_LANES], [WP, WR, 1], [2, 1, 0])
-    L_F: gl.constexpr = gl.BlockedLayout([K_WIDE, 1, 4], [1, 32 // C_LANES, C_LANES], [WP, WR, 1], [2, 1, 0])
+    EACH: gl.constexpr = PARTS * LANES // 32 if PARTS * LANES > 32 else 1
+    E_EACH: gl.constexpr = E_PARTS * E_LANES // 32 if E_PARTS * E_LANES > 32 else 1
+    F_EACH: gl.constexpr = K_WIDE * E_LANES // 32 if K_WIDE * E_LANES > 32 else 1
+    L_S: gl.constexpr = gl.BlockedLayout([EACH, 1, 4], [32 // LANES, 1, LANES], [1, R, WD], [2, 1, 0])
+    L_E: gl.constexpr = gl.BlockedLayout([E_EACH, 1, 4], [32 // E_LANES, 1, E_LANES], [1, R, WD], [2, 1, 0])
+    L_F: gl.constexpr = gl.BlockedLayout([F_EACH, 1, 4], [32 // E_LANES, 1, E_LANES], [1, R, WD], [2, 1, 0])
     L_C: gl.constexpr = gl.BlockedLayout([1, 4], [K_LANES, C_LANES], [num_warps, 1], [1, 0])
     # [R, K_WIDE, K_EACH, COLUMNS] of the product: sums over K_EACH stay in a thread
     L_P: gl.constexpr = gl.BlockedLayout(
@@ -108,17 +111,19 @@ def combine_gluon_kernel(
     query = first_query + gl.arange(0, R, gl.SliceLayout(0, gl.SliceLayout(2, L_S)))
     live = query < batch * G
     bh = (query // G).to(gl.int64) * heads + h
-    part = gl.arange(0, P, gl.SliceLayout(1, gl.SliceLayout(2, L_S)))
+    part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, L_S)))
     dims = gl.arange(0, DP, gl.SliceLayout(0, gl.SliceLayout(1, L_S)))
     of_split = bh * splits * G + query % G
-    m_s, l_s, o_s = _merge(split_o, split_ml, pairs * splits, of_split, live, splits, part, dims, G, D, P, MORE)
+    m_s, l_s, o_s = _merge(split_o, split_ml, pairs * splits, of_split, live, splits, part, dims, G, D, PARTS, MORE)
     query_e = first_query + gl.arange(0, R, gl.SliceLayout(0, gl.SliceLayout(2, L_E)))
     live_e = query_e < batch * G
     bh_e = (query_e // G).to(gl.int64) * heads + h
-    part_e = gl.arange(0, P, gl.SliceLayout(1, gl.SliceLayout(2, L_E)))
+    part_e = gl.arange(0, E_PARTS, gl.SliceLayout(1, gl.SliceLayout(2, L_E)))
     column = first_column + gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(1, L_E)))
     of_exact = bh_e * chunks * G + query_e % G
-    m_e, l_e, o_e = _merge(exact_o, exact_ml, pairs * chunks, of_exact, live_e, chunks, part_e, column, G, D, P, MORE)
+    m_e, l_e, o_e = _merge(
+        exact_o, exact_ml, pairs * chunks, of_exact, live_e, chunks, part_e, column, G, D, E_PARTS, E_MORE
+    )
     top = gl.max(m_s, axis=0)
     top = gl.maximum(top, gl.convert_layout(gl.max(m_e, axis=0), top.type.layout))
     if HAS_SINK:

@@ -23,7 +23,7 @@ from .query import prepare_kernel
 
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 512
-MIN_STEPS = 3  # softmax steps that are worth a program and a partial result
+MIN_STEPS, MIN_TILES = 3, 4  # softmax steps, and tiles, that are worth a program and a partial result
 # A split adds up codes counted from zero and takes the middle level off at its end: what is left of a flat softmax over
 # n tokens is 1 / sqrt(n) of the sum, so float32 rounding grows with n.
 MAX_SPLIT_TOKENS = 8192
@@ -83,34 +83,26 @@ def configure(head_dim: int, head_tiles: int) -> Config:
 class MergeConfig(NamedTuple):
     """How `combine_gluon_kernel` is launched.
 
-    Output columns and queries to a program, warps over queries and over partial results, partial results to a thread.
+    Output columns and queries to a program, warps that share the dimensions of a query, partial results at a time.
     """
 
     columns: int
     queries: int
-    query_warps: int
-    part_warps: int
+    dim_warps: int
     parts: int
 
 
 def merge_config(head_dim: int, rows: int, splits: int, multiprocessors: int) -> MergeConfig:
-    """The launch of the merge for `rows` = B * Hq queries: a program for every multiprocessor, if possible in one go.
-
-    Many queries: warps share them, and the map is read fewer times; few queries: warps share the partial results.
-    """
+    """The launch of the merge for `rows` = B * Hq queries: eight warps to a program, a program to a multiprocessor."""
     padded = triton.next_power_of_2(head_dim)
-    columns = padded if padded <= 128 else 64 if padded == 256 else 32
-    lanes = max(1, 128 // padded)  # queries to a warp
-
-    def programs(warps: int) -> int:
-        return rows // (warps * lanes) * triton.cdiv(head_dim, columns)
-
-    if programs(4) > 3 * multiprocessors and 64 <= padded <= 128:
-        return MergeConfig(columns, 8 * lanes, 8, 1, parts=4)
-    for warps in (4, 2):
-        if programs(warps) >= multiprocessors:
-            return MergeConfig(columns, warps * lanes, warps, 4 // warps, parts=8)
-    return MergeConfig(columns, lanes, 1, 8 if splits > 32 else 4, parts=8)
+    columns, queries = min(64, padded), 8
+    while queries > 1 and rows // queries * triton.cdiv(head_dim, columns) < 0.95 * multiprocessors:
+        queries //= 2
+    if padded == 128 and (queries == 1 or rows // queries >= 1.5 * multiprocessors):  # the map is read fewer times
+        columns = 128
+    dim_warps = min(8 // queries, padded // 16)
+    parts = 8 if splits <= 8 else 2048 * dim_warps // padded  # at most 64 numbers of them to a thread
+    return MergeConfig(columns, queries, dim_warps, parts)
 
 
 def _readable_by_gluon(*exact: torch.Tensor) -> bool:
@@ -122,20 +114,17 @@ def _readable_by_gluon(*exact: torch.Tensor) -> bool:
     )  # fmt: skip
 
 
-def plan(programs: int, tiles: int, exact_tokens: int, slots: int, tiles_per_step: int) -> tuple[int, int, int]:
+def plan(programs: int, tiles: int, exact_tokens: int, slots: int, tiles_per_step: int) -> tuple[int, int]:
     """How the work of a (row, KV head, head tile) is shared among `slots / programs` programs that run at once.
 
     Returns:
-        Splits of the packed tiles, exact tokens to a chunk, and programs in front of the splits that only attend to a
-        chunk: one for each where there is room, else 0, and every split takes an equal share of the exact tokens.
+        Splits of the sequence, and exact tokens to a chunk; the first splits take a chunk each, and fewer tiles.
     """
     room = max(1, slots // programs)
     least = triton.cdiv(tiles * TILE, MAX_SPLIT_TOKENS)
-    splits = max(1, least, min(room, triton.cdiv(tiles, MIN_STEPS * tiles_per_step), MAX_SPLITS))
-    before = triton.cdiv(exact_tokens, TILE)
-    if room >= splits + before or room >= max(4 * before, least + before):
-        return min(splits, room - before), TILE, before
-    return splits, TILE * triton.cdiv(exact_tokens, TILE * splits), 0
+    useful = triton.cdiv(tiles, max(MIN_TILES, MIN_STEPS * tiles_per_step)) + triton.cdiv(exact_tokens, TILE)
+    splits = max(1, least, min(room, useful, MAX_SPLITS))
+    return splits, TILE * triton.cdiv(exact_tokens, TILE * splits)
 
 
 def decode_attention(
@@ -200,9 +189,9 @@ def decode_attention(
     exact_tokens = max(1, sinks + (min(window + TILE, capacity) if capacity else 0))
     slots = _multiprocessors(device) * config.resident
     half_precision = q.dtype.itemsize == 2 and k_recent.dtype.itemsize == 2
-    splits, chunk, before = plan(programs, tiles, exact_tokens, slots, config.tiles)
+    splits, chunk = plan(programs, tiles, exact_tokens, slots, config.tiles)
     if separate:
-        chunk, before = (64 if half_precision or padded <= 128 else 32), 0  # what shared memory holds
+        chunk = 64 if half_precision or padded <= 128 else 32  # what shared memory holds
     chunks = triton.cdiv(exact_tokens, chunk)
 
     f32 = torch.float32
@@ -223,7 +212,7 @@ def decode_attention(
     prepare_kernel[(heads * triton.cdiv(batch * group, 16) * (dim // columns) + exact_programs,)](
         q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, exact_o, exact_ml,
         q.stride(0), q.stride(1), *sink_strides, *recent_strides, batch, heads, sinks, window, capacity, chunks, factor,
-        1.0 / unit, cap, G=group, D=dim, DP=padded, COLUMNS=columns, KC=min(64, padded), OPERAND=operand_type(),
+        1.0 / unit, cap, G=group, D=dim, DP=padded, COLUMNS=columns, OPERAND=operand_type(),
         SOFTCAP=softcap > 0, EXACT=separate, CHUNK=chunk if separate else TILE,
         PRECISION="tf32" if half_precision else "tf32x3", PDL=pdl, num_warps=8 if separate else 4,
         **({"launch_pdl": True} if pdl else {}),
@@ -233,11 +222,13 @@ def decode_attention(
         from .fragments import constraints, key_asm, value_asm
 
         here = 0 if separate else chunks
-        gluon_splits_kernel[(splits + before, batch * heads, triton.cdiv(head_tiles, config.head_tiles))](
+        # What an exact chunk is worth, by its bytes, in quarters of a step over packed tiles.
+        exact_quarters = round(4 * 4 * chunk * dim / (TILE * config.tiles * (dim * (k_bits + v_bits) / 8 + 4)))
+        gluon_splits_kernel[(splits, batch * heads, triton.cdiv(head_tiles, config.head_tiles))](
             rotated, bias, k_codes.view(torch.int8), k_scales, v_codes.view(torch.int8), v_scales,
             q, k_sinks, v_sinks, k_recent, v_recent, length, start, split_o, split_ml, exact_o, exact_ml,
             *key_strides, *value_strides, q.stride(0), q.stride(1), *sink_strides, *recent_strides,
-            heads, sinks, window, capacity, splits, here, before, chunk, factor, cap,
+            heads, sinks, window, capacity, splits, here, chunk, exact_quarters, factor, cap,
             G=group, D=dim, K_BITS=k_bits, V_BITS=v_bits, HT=config.head_tiles,
             TILES=config.tiles, STAGES=config.stages, SOFTCAP=softcap > 0, PDL=pdl,
             K_ASM=key_asm(k_bits), K_CONSTRAINTS=constraints(8, k_bits),
@@ -263,9 +254,9 @@ def decode_attention(
 
         merge = merge_config(dim, rows, splits, _multiprocessors(device))
         combine_gluon_kernel[(heads, triton.cdiv(batch * group, merge.queries), triton.cdiv(dim, merge.columns))](
-            *arguments, **shape, COLUMNS=merge.columns, R=merge.queries, WR=merge.query_warps, WP=merge.part_warps,
-            PARTS_EACH=merge.parts, MORE=max(splits, chunks) > merge.parts * merge.part_warps, PDL=pdl,
-            num_warps=merge.query_warps * merge.part_warps, launch_pdl=pdl,
+            *arguments, **shape, COLUMNS=merge.columns, R=merge.queries, WD=merge.dim_warps, PARTS=merge.parts,
+            MORE=splits > merge.parts, E_PARTS=8, E_MORE=chunks > 8, PDL=pdl,
+            num_warps=merge.queries * merge.dim_warps, launch_pdl=pdl,
         )  # fmt: skip
     else:
         columns, queries, parts = min(32, padded), 4, 8

@@ -10,10 +10,9 @@ K and V are bit fields of the packed words (fragments.py): levels times a power 
 from the middle level.  Scores start at what that adds; the output has (middle level) * sum(p |v|) taken off at the end,
 the sum from the same products (a row of ones in place of V).
 
-Grid: (splits + chunks before, batch * KV heads, tiles of 8 HT query heads).  Program i < chunks attends to chunk i of
-the exact tokens; program i >= `before` to split i - before of the packed ones.  `before` is 0 (the first programs do
-both) or `chunks`.  Block: one warp with its own online softmax, a ring of STAGES steps filled by cp.async.  Rows of
-different length split what they have: the grid only knows the capacity.
+Grid: (splits, batch * KV heads, tiles of 8 HT query heads).  Split i attends to tiles `_first_step(i)` and on, split
+i < chunks to chunk i of the exact tokens as well.  Block: one warp with its own online softmax, a ring of STAGES steps
+filled by cp.async.  Rows of different length split what they have: the grid only knows the capacity.
 """
 
 from triton.experimental import gluon
@@ -219,13 +218,24 @@ def _load_query(
     return q, start, step, gl.load(bias + row + head)
 
 
-@gluon.jit(do_not_specialize=["splits", "chunks", "before"])
+@gluon.jit
+def _first_step(split, splits, steps, chunks, exact_quarters):
+    """Where a split begins: the first `chunks` of them attend to exact tokens, worth exact_quarters / 4 steps each.
+
+    In integers, so that the end of a split is the beginning of the next; monotonic because `less` is no more than what
+    a split has, and `steps` at split == splits.
+    """
+    less = gl.minimum(exact_quarters, 4 * steps // gl.maximum(splits - chunks, 1))
+    return (split * (4 * steps + less * chunks) // splits - less * gl.minimum(split, chunks)) // 4
+
+
+@gluon.jit(do_not_specialize=["splits", "chunks", "exact_quarters"])
 def gluon_splits_kernel(
     rotated, bias, k_codes, k_scales, v_codes, v_scales, q_exact, k_sinks, v_sinks, k_recent, v_recent, length, start,
     split_o, split_ml, exact_o, exact_ml,
     stride_kb, stride_kh, stride_ksb, stride_ksh, stride_vb, stride_vh, stride_vsb, stride_vsh,
     stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
-    heads, sinks, window, capacity, splits, chunks, before, chunk_tokens, factor, cap,
+    heads, sinks, window, capacity, splits, chunks, chunk_tokens, exact_quarters, factor, cap,
     G: gl.constexpr, D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, HT: gl.constexpr,
     TILES: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, PDL: gl.constexpr,
     K_ASM: gl.constexpr, K_CONSTRAINTS: gl.constexpr, V_ASM: gl.constexpr, V_CONSTRAINTS: gl.constexpr,
@@ -254,8 +264,7 @@ def gluon_splits_kernel(
 
     if PDL:
         launch_next()
-    program = gl.program_id(0)
-    split = program - before
+    split = gl.program_id(0)
     bh = gl.program_id(1)
     group = gl.program_id(2) * HT
     b = (bh // heads).to(gl.int64)
@@ -265,8 +274,8 @@ def gluon_splits_kernel(
     packed = gl.where(capacity == 0, gl.maximum(n - sinks, 0), gl.maximum(n - sinks - window, 0) // 32 * 32)
     tiles = (packed + 31) // 32
     steps = (tiles + TILES - 1) // TILES
-    first = gl.maximum(split, 0) * steps // splits
-    end = gl.maximum(split + 1, 0) * steps // splits
+    first = _first_step(split, splits, steps, chunks, exact_quarters)
+    end = _first_step(split + 1, splits, steps, chunks, exact_quarters)
 
     hi0, _ = halves(gl.zeros([16, 32], gl.int32, S_L))
     SL: gl.constexpr = hi0.type.layout
@@ -301,76 +310,75 @@ def gluon_splits_kernel(
         async_copy.commit_group()
 
     # While the first tiles arrive: this program's share of the exact tokens.
-    if program < chunks:
+    if split < chunks:
         at_q = q_exact + b * stride_qb + h * G * stride_qh
         at_s = b * stride_sb + h * stride_sh
         at_r = b * stride_rb + h * stride_rh
-        at_part = (bh * chunks + program).to(gl.int64) * G
+        at_part = (bh * chunks + split).to(gl.int64) * G
         exact_rows = gl.num_programs(1).to(gl.int64) * chunks * G
         for x in gl.static_range(HT):
             m_exact, l_exact, acc_exact, live = attend_exact(
-                at_q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, (group + x) * 8, program,
+                at_q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, (group + x) * 8, split,
                 n, packed, sinks, capacity, chunk_tokens, factor, cap, G, D, EXACT_D, SOFTCAP, S_L,
             )  # fmt: skip
             store_part(
                 exact_o, exact_ml, m_exact, l_exact, acc_exact, live, at_part, exact_rows, (group + x) * 8,
                 G, D, EXACT_D, True, S_L,
             )  # fmt: skip
-    if split >= 0:
-        if PDL:  # the queries must be ready from here on
-            wait_for_previous()
-        q = ()
-        q_start = ()
-        step_size = ()
-        offset = ()
-        m = ()
-        l = ()
-        mass = ()
-        acc = ()
-        for x in gl.static_range(HT):
-            q_x, start_x, step_x, bias_x = _load_query(
-                rotated, bias, bh.to(gl.int64) * G, (group + x) * 8, head, D, G, QD, K_BITS, S_L
-            )
-            q += q_x
-            q_start += (start_x,)
-            step_size += (step_x,)
-            offset += (bias_x,)
-            m += (gl.full([8], -1e30, gl.float32, HEAD),)
-            l += (gl.full([8], 0.0, gl.float32, HEAD),)
-            mass += (gl.zeros([16, 8], gl.float32, S_L),)
-            for _ in gl.static_range(CHUNKS):
-                acc += (gl.zeros([32 * CHUNK_GROUPS, 8], gl.float32, S_L),)
-        key_unit = inverse_units(token // 8, K_BITS)
-        full = gl.maximum(gl.minimum(end, packed // (32 * TILES)), first)
-        for step in range(first, full):
-            m, l, mass, acc = _step(
-                q, q_start, step_size, offset, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
-                step, first, end, last, packed, cap, copy_at, scale_at, token,
-                D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, False,
-                K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
-            )  # fmt: skip
-        for step in range(full, end):
-            m, l, mass, acc = _step(
-                q, q_start, step_size, offset, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
-                step, first, end, last, packed, cap, copy_at, scale_at, token,
-                D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, True,
-                K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
-            )  # fmt: skip
+    if PDL:  # the queries must be ready from here on
+        wait_for_previous()
+    q = ()
+    q_start = ()
+    step_size = ()
+    offset = ()
+    m = ()
+    l = ()
+    mass = ()
+    acc = ()
+    for x in gl.static_range(HT):
+        q_x, start_x, step_x, bias_x = _load_query(
+            rotated, bias, bh.to(gl.int64) * G, (group + x) * 8, head, D, G, QD, K_BITS, S_L
+        )
+        q += q_x
+        q_start += (start_x,)
+        step_size += (step_x,)
+        offset += (bias_x,)
+        m += (gl.full([8], -1e30, gl.float32, HEAD),)
+        l += (gl.full([8], 0.0, gl.float32, HEAD),)
+        mass += (gl.zeros([16, 8], gl.float32, S_L),)
+        for _ in gl.static_range(CHUNKS):
+            acc += (gl.zeros([32 * CHUNK_GROUPS, 8], gl.float32, S_L),)
+    key_unit = inverse_units(token // 8, K_BITS)
+    full = gl.maximum(gl.minimum(end, packed // (32 * TILES)), first)
+    for step in range(first, full):
+        m, l, mass, acc = _step(
+            q, q_start, step_size, offset, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
+            step, first, end, last, packed, cap, copy_at, scale_at, token,
+            D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, False,
+            K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
+        )  # fmt: skip
+    for step in range(full, end):
+        m, l, mass, acc = _step(
+            q, q_start, step_size, offset, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
+            step, first, end, last, packed, cap, copy_at, scale_at, token,
+            D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, True,
+            K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
+        )  # fmt: skip
 
-        at_split = (bh * splits + split).to(gl.int64) * G
-        rows = gl.num_programs(1).to(gl.int64) * splits * G
-        block = gl.arange(0, QD, gl.SliceLayout(1, S_L)) // 8 % 4
-        unit = inverse_units(block, V_BITS) * (1.0 if V_BITS == 8 else SUBNORMAL)
-        for x in gl.static_range(HT):
-            m_out = m[x] - RESCALE
-            if not SOFTCAP:
-                m_out = m_out + offset[x]
-            below = gl.max(mass[x], axis=0) * middle(V_BITS)
-            mine = ()
-            for c in gl.static_range(CHUNKS):
-                o = acc[x * CHUNKS + c] * unit[:, None] - below[None, :]
-                mine = mine + (o * (1.0 / 127.0) if V_BITS == 8 else o,)
-            store_part(
-                split_o, split_ml, m_out, l[x], mine, end > first, at_split, rows, (group + x) * 8,
-                G, D, QD, False, S_L,
-            )  # fmt: skip
+    at_split = (bh * splits + split).to(gl.int64) * G
+    rows = gl.num_programs(1).to(gl.int64) * splits * G
+    block = gl.arange(0, QD, gl.SliceLayout(1, S_L)) // 8 % 4
+    unit = inverse_units(block, V_BITS) * (1.0 if V_BITS == 8 else SUBNORMAL)
+    for x in gl.static_range(HT):
+        m_out = m[x] - RESCALE
+        if not SOFTCAP:
+            m_out = m_out + offset[x]
+        below = gl.max(mass[x], axis=0) * middle(V_BITS)
+        mine = ()
+        for c in gl.static_range(CHUNKS):
+            o = acc[x * CHUNKS + c] * unit[:, None] - below[None, :]
+            mine = mine + (o * (1.0 / 127.0) if V_BITS == 8 else o,)
+        store_part(
+            split_o, split_ml, m_out, l[x], mine, end > first, at_split, rows, (group + x) * 8,
+            G, D, QD, False, S_L,
+        )  # fmt: skip

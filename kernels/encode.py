@@ -10,34 +10,26 @@ import torch
 import triton
 import triton.language as tl
 
-from .mapped import (
-    arranged,
-    largest,
-    load_map,
-    load_rows,
-    map_operands,
-    map_parts,
-    mapped,
-    minus_shift,
-    shift_operand,
-    times_map,
-)
+from .mapped import arranged, largest, load_map, map_operands, map_parts, mapped, mapped_here, shift_operand
 from .pack import arrange, get_words, load_feedback, put_scales, put_words, quantize, token_order
 
 TILE = 32
+RESIDENT = {32: 4, 64: 4, 128: 2, 256: 1}  # programs to a multiprocessor
 WIDE = 200  # KiB of shared memory: a chip with wgmma or tcgen05
 
 
 @triton.jit
 def _prefetch(rows, ok, D: tl.constexpr):
-    """Start the vectors at pointers rows [N] on their way to L2."""
+    """Start the vectors at pointers rows [N] on their way to L2, where ok [N]."""
     LINE: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = triton.cdiv(D, LINE)
-    for i in tl.static_range(LINES):
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
-            [(rows + i * LINE).to(tl.int64), ok.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(D, LINE))
+    line = tl.arange(0, LINES)[None, :]
+    at = rows[:, None] + line * LINE
+    wanted = ok[:, None] & (line * LINE < D)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
+        [at.to(tl.int64), wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -75,7 +67,7 @@ def encode_kernel(
     heads, n, tiles, capacity, sinks, window, blocks,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr,
     TILES: tl.constexpr, KC: tl.constexpr, HALVES: tl.constexpr, RING: tl.constexpr, AHEAD: tl.constexpr,
-    OPERAND: tl.constexpr,
+    OPERAND: tl.constexpr, SOON: tl.constexpr,
 ):  # fmt: skip
     """Encode many tiles of one side (keys or values).
 
@@ -83,9 +75,9 @@ def encode_kernel(
     append, and the tiles are those that leave the window with it; tokens older than x are in the ring.
 
     Grid: (B * H, chunks); a program encodes up to `blocks` blocks of TILES tiles, half a block (16 tokens of each tile)
-    at a time.  Up to D = 128 its map stays in shared memory (WHOLE); at D = 256 the high part does where it fits
-    (HALVES: two of 128 rows, for a bf16 x); others are streamed.  AHEAD: tokens that are on their way to L2 while the
-    map is prepared.  feedback: of all heads, or None.
+    at a time.  A map in one bf16 part stays in shared memory (HERE: up to D = 128; at D = 256, for a bf16 x, where it
+    fits: HALVES); others are streamed.  AHEAD: tokens that are on their way to L2 while the map is prepared; SOON: half
+    blocks from the one that is encoded to the one that is sent for.  feedback: of all heads, or None.
     """
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
@@ -107,8 +99,7 @@ def encode_kernel(
         scales += tile0 * s_st
     else:
         count = (n + 31) // 32
-    WHOLE: tl.constexpr = DP <= 128
-    SPLIT: tl.constexpr = HALVES and x.dtype.element_ty == tl.bfloat16
+    HERE: tl.constexpr = DP <= 128 or (HALVES and x.dtype.element_ty == tl.bfloat16)
     FEEDBACK: tl.constexpr = feedback is not None
     first = tl.program_id(1) * blocks
     last = tl.minimum(first + blocks, (count + TILES - 1) // TILES)
@@ -125,52 +116,39 @@ def encode_kernel(
         if FEEDBACK:
             operand = load_feedback(feedback, h, D, DP, KEY, OPERAND)
         unit = 1.0
-        if WHOLE or SPLIT:
+        # Blocks begin .. end - 1 are whole and all in x; those before and after them need masks or the ring.
+        begin = last
+        end = last
+        if HERE:
             dims = tl.arange(0, DP)
-            # (x - shift) @ map = x @ map - shift @ map; with the same two parts of the map in both, what they
-            # leave out multiplies x - shift only.
             top = tl.max(tl.abs(tl.load(map + dims, mask=dims < D, other=0.0)), axis=0)
             least = tl.min(tl.abs(tl.load(map + dims, mask=dims < D, other=float("inf"))), axis=0)
             unit = tl.where((top > 0) & (least == top), top, 1.0)
             inverse = 1.0 / unit
-            if WHOLE:
-                high, low = map_parts(arranged(map, 0, D, DP, DP, KEY, FEEDBACK), unit, inverse)
-                map_has_low = largest(low) > 0
-                m_high, m_low = high.to(tl.bfloat16).to(OPERAND), low.to(tl.bfloat16).to(OPERAND)
-                has_shift = tl.max(tl.abs(tl.load(shift + dims, mask=dims < D, other=0.0)), axis=0) > 0
-                shifted = tl.zeros([DP], tl.float32)
-                if has_shift:
-                    for k in range(0, DP, KC):
-                        k_high, k_low = map_operands(arranged(map, k, D, DP, KC, KEY, FEEDBACK), unit, inverse, OPERAND)
-                        part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
-                        shifted += tl.sum(part[:, None] * (k_high.to(tl.float32) + k_low.to(tl.float32)), axis=0)
-            else:
-                remainder = 0.0
-                products = tl.zeros([KC, DP], tl.float32)
-                for k in range(0, DP, KC):  # one pass over the map for both, in its own order of columns
-                    high, low = map_parts(load_map(map, k, D, DP, KC), unit, inverse)
-                    remainder = tl.maximum(remainder, largest(low))
-                    part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
-                    products += part[:, None] * (high + low.to(tl.bfloat16).to(tl.float32))
-                shifted = tl.reshape(arrange(tl.sum(products, axis=0)[None, :], KEY, FEEDBACK), [DP])
-                minus = shift_operand(shifted, OPERAND)
-                map_has_low = remainder > 0
-                m_high, _low = map_operands(arranged(map, 0, D, DP, 128, KEY, FEEDBACK), unit, inverse, OPERAND)
-                m2_high, _low2 = map_operands(arranged(map, 128, D, DP, 128, KEY, FEEDBACK), unit, inverse, OPERAND)
-        # Blocks begin .. end - 1 are whole and all in x; those before and after them need masks or the ring.
-        begin = last
-        end = last
-        if WHOLE or SPLIT:
-            if RING:
-                begin = tl.minimum(tl.maximum((fresh + TILES * 32 - 1) // (TILES * 32), first), last)
-                end = tl.minimum(tl.maximum(count // TILES, begin), last)
-            else:
-                begin = first
-                end = tl.minimum(tl.maximum(n // (TILES * 32), begin), last)
-        if SPLIT:
+            # (x - shift) @ map = x @ map - shift @ map; the map is read once for the shift and for a second part.
+            remainder = 0.0
+            products = tl.zeros([KC, DP], tl.float32)
+            for k in tl.range(0, DP, KC, num_stages=1):
+                high, low = map_parts(load_map(map, k, D, DP, KC), unit, inverse)
+                remainder = tl.maximum(remainder, largest(low))
+                part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
+                products += part[:, None] * high
+            shifted = tl.reshape(arrange(tl.sum(products, axis=0)[None, :], KEY, FEEDBACK), [DP])
+            minus = shift_operand(shifted, OPERAND)
+            map_has_low = remainder > 0
+            m, _low = map_operands(arranged(map, 0, D, DP, min(DP, 128), KEY, FEEDBACK), unit, inverse, OPERAND)
+            m2 = None
+            if DP > 128:
+                m2, _low2 = map_operands(arranged(map, 128, D, DP, 128, KEY, FEEDBACK), unit, inverse, OPERAND)
             if map_has_low:
-                begin = last
-                end = last
+                unit = 1.0
+            else:
+                if RING:
+                    begin = tl.minimum(tl.maximum((fresh + TILES * 32 - 1) // (TILES * 32), first), last)
+                    end = tl.minimum(tl.maximum(count // TILES, begin), last)
+                else:
+                    begin = first
+                    end = tl.minimum(tl.maximum(n // (TILES * 32), begin), last)
         words0 = get_words(tl.zeros([TILES * 16, DP], tl.int32), BITS, KEY)
         scale0 = tl.zeros([TILES * 16], tl.float32)
         for i in tl.range(2 * first, 2 * (last - end + begin), num_stages=1):
@@ -187,39 +165,28 @@ def encode_kernel(
                 rows = tl.where(tile * 32 + token < fresh, ring + slot * r_sn, rows)
             else:
                 ok = token < n - tile * 32
-            if WHOLE:
-                y = times_map(load_rows(rows, ok, 0, D, DP), m_high, m_low, map_has_low, OPERAND)
-                if has_shift:
-                    y -= tl.where(ok, 1.0, 0.0)[:, None] * shifted[None, :]
-            elif SPLIT:
-                y = minus_shift(ok, minus, OPERAND)
-                y = tl.dot(load_rows(rows, ok, 0, D, 128).to(OPERAND), m_high, y, input_precision="ieee")
-                y = tl.dot(load_rows(rows, ok, 128, D, 128).to(OPERAND), m2_high, y, input_precision="ieee")
+            if HERE:
                 if map_has_low:
-                    for k in range(0, DP, KC):
-                        chunk = load_rows(rows, ok, k, D, KC)
-                        _high, rest = map_operands(arranged(map, k, D, DP, KC, KEY, FEEDBACK), unit, inverse, OPERAND)
-                        y = tl.dot(chunk.to(OPERAND), rest, y, input_precision="ieee")
+                    y = mapped(rows, ok, map, shift, D, DP, KEY, FEEDBACK, KC, OPERAND)
+                else:
+                    y = mapped_here(rows, ok, minus, m, m2, D, DP, OPERAND)
             else:
                 y = mapped(rows, ok, map, shift, D, DP, KEY, FEEDBACK, KC, OPERAND)
             words0, scale0 = _put_half(
                 y, operand, words0, scale0, half, unit, words, scales, w_st, s_st, order, tile, left,
                 D, BITS, KEY, STEP, TILES, OPERAND,
             )  # fmt: skip
-        if WHOLE or SPLIT:
+        if HERE:
             rows = x + order * x_sn
             always = order >= 0
             for half in range(2 * begin, 2 * end):
                 tile = half // 2 * TILES
                 here = rows + (tile * 32 + half % 2 * 8).to(tl.int64) * x_sn
-                if WHOLE:
-                    y = times_map(load_rows(here, always, 0, D, DP), m_high, m_low, map_has_low, OPERAND)
-                    if has_shift:
-                        y -= shifted[None, :]
-                else:
-                    y = minus_shift(always, minus, OPERAND)
-                    y = tl.dot(load_rows(here, always, 0, D, 128).to(OPERAND), m_high, y, input_precision="ieee")
-                    y = tl.dot(load_rows(here, always, 128, D, 128).to(OPERAND), m2_high, y, input_precision="ieee")
+                if AHEAD and SOON:
+                    soon = half + SOON
+                    ahead = rows + (soon // 2 * TILES * 32 + soon % 2 * 8).to(tl.int64) * x_sn
+                    _prefetch(ahead, always & (soon < 2 * end), D)
+                y = mapped_here(here, always, minus, m, m2, D, DP, OPERAND)
                 words0, scale0 = _put_half(
                     y, operand, words0, scale0, half, unit, words, scales, w_st, s_st, order, tile, TILES,
                     D, BITS, KEY, STEP, TILES, OPERAND,
@@ -254,15 +221,17 @@ def padded_dim(dim: int) -> int:
 def launch_options(dim: int, shared: int, feedback: bool) -> dict[str, int]:
     """Block sizes of `encode_kernel` on a chip with `shared` KiB of shared memory in a multiprocessor."""
     wide = shared >= WIDE
-    options = {"TILES": 4, "KC": 32, "num_warps": 4 if wide else 8, "HALVES": False}
+    options = {"TILES": 4, "KC": 32, "num_warps": 4 if wide else 8, "HALVES": False, "SOON": 0}
     if dim > 128:
-        halves = dim == 256 and shared >= (WIDE if feedback else 160)
-        if halves and feedback:  # no room for two stages of rows: twice the rows and warps instead
-            return {**options, "HALVES": True, "TILES": 8, "num_warps": 8, "num_stages": 1}
-        return {**options, "HALVES": halves, "num_stages": 2 if wide else 1}
-    stages = 3 if dim == padded_dim(dim) else 2
-    if feedback and dim > 64:  # the feedback has the room of a stage of rows
-        stages = 2 if shared >= 160 else 1
+        if dim < 256 or shared < (WIDE if feedback else 160):
+            return {**options, "num_stages": 2 if wide else 1}
+        if feedback:  # no room for two stages of rows: twice the rows and warps instead
+            return {**options, "HALVES": True, "TILES": 8, "num_warps": 8, "num_stages": 1, "SOON": 1}
+        return {**options, "HALVES": True, "num_stages": 2 if wide else 1, "SOON": 2}
+    if dim <= 64:
+        stages = 3 if dim == padded_dim(dim) else 2
+    else:
+        stages = 2 if shared >= 160 or not feedback else 1
     return {**options, "num_stages": stages}
 
 
@@ -280,8 +249,7 @@ def encode_many(x, ring, codes, scales, map, shift, feedback, length, start, til
     options = launch_options(dim, shared_kib(x.device), feedback is not None)
     blocks = triton.cdiv(tiles, options["TILES"])
     cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    resident = 4 if dim <= 64 else 2 if dim <= 128 else 1  # programs to a multiprocessor
-    per_program = max(1, triton.cdiv(blocks * batch * heads, resident * cores))
+    per_program = max(1, triton.cdiv(blocks * batch * heads, RESIDENT[padded_dim(dim)] * cores))
     encode_kernel[(batch * heads, triton.cdiv(blocks, per_program))](
         x, ring, words, scales, map, shift, feedback, length, start,
         *x.stride()[:3], *(ring.stride()[:3] if ring is not None else (0, 0, 0)), *words.stride()[:3],

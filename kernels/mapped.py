@@ -80,17 +80,27 @@ def minus_shift(ok, shift, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def times_map(x, m_high, m_low, map_has_low, OPERAND: tl.constexpr):
-    """x @ (m_high + m_low) float32; x in any type."""
+def add_product(x, m, y, OPERAND: tl.constexpr):
+    """y + x @ m, float32, for a dot operand m and x in any type."""
     if x.dtype == tl.bfloat16:
-        x_high = x.to(OPERAND)
+        y = tl.dot(x.to(OPERAND), m, y, input_precision="ieee")
     else:
-        x_high, x_low = two_parts(x.to(tl.float32), OPERAND)
-    y = tl.dot(x_high, m_high, input_precision="ieee")
-    if x.dtype != tl.bfloat16:
-        y = tl.dot(x_low, m_high, y, input_precision="ieee")
-    if map_has_low:
-        y = tl.dot(x_high, m_low, y, input_precision="ieee")
+        high, low = two_parts(x.to(tl.float32), OPERAND)
+        y = tl.dot(low, m, y, input_precision="ieee")
+        y = tl.dot(high, m, y, input_precision="ieee")
+    return y
+
+
+@triton.jit
+def mapped_here(rows, ok, minus, m, m2, D: tl.constexpr, DP: tl.constexpr, OPERAND: tl.constexpr):
+    """`mapped` by a map in one part that stays in shared memory, m its first 128 rows, m2 the others.
+
+    minus: the shift as `shift_operand` makes it.
+    """
+    K: tl.constexpr = min(DP, 128)
+    y = add_product(load_rows(rows, ok, 0, D, K), m, minus_shift(ok, minus, OPERAND), OPERAND)
+    if DP > 128:
+        y = add_product(load_rows(rows, ok, 128, D, 128), m2, y, OPERAND)
     return y
 
 
@@ -102,7 +112,7 @@ def mapped(
 ):  # fmt: skip
     """y [N, DP] = (rows - shift) @ map, zero where not ok, columns as `arrange`d; KC rows of the map at a time."""
     y = tl.zeros([rows.shape[0], DP], tl.float32)
-    for first in range(0, DP, KC):
+    for first in tl.range(0, DP, KC, num_stages=1):
         x = load_rows(rows, ok, first, D, KC)
         offset = tl.load(shift + first + tl.arange(0, KC), mask=first + tl.arange(0, KC) < D, other=0.0)
         delta = tl.where(ok[:, None], x.to(tl.float32) - offset[None, :], 0.0)

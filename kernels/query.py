@@ -35,7 +35,7 @@ def packed_count(n, sinks, window, capacity):
 @triton.jit
 def _prepare(
     pid, q, query_map, key_shift, rotated, bias, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, KC: tl.constexpr, OPERAND: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, OPERAND: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Map 16 queries of KV head pid % heads to dimensions COLUMNS * (pid // heads % (D / COLUMNS)) and on."""
@@ -47,36 +47,26 @@ def _prepare(
     g = index % G
     live = b < batch
     column = part * COLUMNS + tl.arange(0, COLUMNS)
-    p_map = query_map + h * D * D
-    if PDL:  # what the launch before has not written may be on its way to L2 while that ends
-        line = p_map + tl.arange(0, DP)[:, None] * D + part * COLUMNS + tl.arange(0, COLUMNS // 32)[None, :] * 32
-        line = tl.where((tl.arange(0, DP) < D)[:, None], line, p_map)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; // $0", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
-        )
+    inner = tl.arange(0, DP)
+    inside = inner < D
+    # [DP, COLUMNS]; neither this nor the shift is written by the launch before: they come while that ends
+    part_map = tl.load(query_map + h * D * D + inner[:, None] * D + column[None, :], mask=inside[:, None], other=0.0)
+    shift = tl.load(key_shift + h * D + inner, mask=inside, other=0.0)
+    if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     p_q = q + b[:, None] * stride_qb + (h * G + g)[:, None] * stride_qh
-    y = tl.zeros([16, COLUMNS], tl.float32)
-    shifted = tl.zeros([16], tl.float32)
-    for k in tl.static_range(0, D, KC):
-        inner = k + tl.arange(0, KC)
-        # [16, KC], [KC, COLUMNS]
-        x = tl.load(p_q + inner[None, :], mask=live[:, None] & (inner < D)[None, :], other=0.0).to(tl.float32)
-        slice = tl.load(p_map + inner[:, None] * D + column[None, :], mask=(inner < D)[:, None], other=0.0)
-        if q.dtype.element_ty == tl.bfloat16:  # exact queries, the map in two parts: 17 bits
-            m_high, m_low = map_operands(slice, 1.0, 1.0, OPERAND)
-            y = tl.dot(x.to(OPERAND), m_low, y, input_precision="ieee")
-            y = tl.dot(x.to(OPERAND), m_high, y, input_precision="ieee")
-        else:
-            y = tl.dot(x, slice, y, input_precision="tf32x3")
-        if part == 0:
-            shift = tl.load(key_shift + h * D + inner, mask=inner < D, other=0.0)
-            shifted += tl.sum(x * shift[None, :], axis=1)
+    x = tl.load(p_q + inner[None, :], mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    if q.dtype.element_ty == tl.bfloat16:  # exact queries, the map in two parts: 17 bits
+        m_high, m_low = map_operands(part_map, 1.0, 1.0, OPERAND)
+        y = tl.dot(x.to(OPERAND), m_low, input_precision="ieee")
+        y = tl.dot(x.to(OPERAND), m_high, y, input_precision="ieee")
+    else:
+        y = tl.dot(x, part_map, input_precision="tf32x3")
     row = (b * heads + h) * G + g
     tl.store(rotated + row[:, None] * D + column[None, :], y * (factor * inverse_unit), mask=live[:, None])
     if part == 0:
-        tl.store(bias + row, shifted * factor, mask=live)
+        tl.store(bias + row, tl.sum(x * shift[None, :], axis=1) * factor, mask=live)
 
 
 @triton.jit
@@ -143,7 +133,7 @@ def prepare_kernel(
     q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, exact_o, exact_ml,
     stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
     batch, heads, sinks, window, capacity, chunks, factor, inverse_unit, cap,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, KC: tl.constexpr, OPERAND: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, OPERAND: tl.constexpr,
     SOFTCAP: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See the module docstring.
@@ -157,7 +147,7 @@ def prepare_kernel(
     if pid < maps:
         _prepare(
             pid, q, query_map, key_shift, rotated, bias, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
-            G, D, DP, COLUMNS, KC, OPERAND, PDL,
+            G, D, DP, COLUMNS, OPERAND, PDL,
         )  # fmt: skip
     elif EXACT:
         if PDL:

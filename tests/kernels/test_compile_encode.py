@@ -19,6 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = {80: 164, 89: 100, 90: 228, 120: 100}  # KiB of a multiprocessor, of which a program may have all but one
+COMPILER = ("num_warps", "num_stages", "maxnreg")
 TYPES = {
     "words": "*i32", "k_words": "*i32", "v_words": "*i32", "length": "*i64", "start": "*i64", "scale": "fp32",
     "k_factor": "fp32", "v_factor": "fp32", "softcap": "fp32", "scales": "*fp16", "k_scales": "*fp16",
@@ -112,7 +113,7 @@ def _compile(case: dict):
         options = extend_attention.launch_options(dim, 4096, torch.bfloat16, SHARED[arch]).get(case["kernel"], options)
         optional = ("sink_logits",)
     constants |= dict.fromkeys(optional)
-    constants |= {n: options[n] for n in options if n not in ("num_warps", "num_stages")}
+    constants |= {n: options[n] for n in options if n not in COMPILER}
     constants |= {n: 1 for n in fn.arg_names if n.endswith("_sd")}  # contiguous vectors
     constants = {n: c for n, c in constants.items() if n in fn.arg_names}
     types = TYPES | ({"q": "i32"} if case["kernel"] == "step" else {})  # the number of tokens, not queries
@@ -120,7 +121,7 @@ def _compile(case: dict):
     aligned = [i for i, n in enumerate(fn.arg_names) if signature[n].startswith("*") or re.search("_s[bhnt]$", n)]
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned if signature[fn.arg_names[i]] != "constexpr"}
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
-    options = {n: options[n] for n in ("num_warps", "num_stages")}
+    options = {n: options[n] for n in COMPILER if n in options}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -3,7 +3,10 @@
 Without a GPU the plain Triton path runs in the interpreter; with one, every path runs on it.
 """
 
+import random
 from collections.abc import Callable
+from itertools import pairwise
+from types import FunctionType, SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -165,11 +168,32 @@ def test_every_split_is_merged(impl: str, rng: torch.Generator) -> None:
 
     case = Case(lengths=(300, 5), heads=1)
     old = module.plan
-    module.plan = lambda *_: (7, 32, 0)
+    module.plan = lambda *_: (7, 32)
     try:
         assert error(case, make(case, rng), module.decode_attention, impl) < (1e-3 if impl == "gluon" else 3e-5)
     finally:
         module.plan = old
+
+
+def test_splits_share_exact_tokens_and_steps_evenly(seed: int) -> None:
+    """The device code, on Python integers: an exact chunk counts as so many quarters of a step."""
+    pytest.importorskip("triton.experimental.gluon")
+    from tq_ao.kernels.decode_gluon import _first_step
+
+    on_host = FunctionType(_first_step.fn.__code__, {"gl": SimpleNamespace(minimum=min, maximum=max)})
+    draw = random.Random(seed)
+    for _ in range(300):
+        splits, steps = draw.randint(1, 512), draw.choice([draw.randint(0, 40), draw.randint(0, 33_000)])
+        chunks, quarters = draw.randint(0, min(6, splits)), draw.randint(0, 40)
+        first = [on_host(i, splits, steps, chunks, quarters) for i in range(splits + 1)]
+        assert first[0] == 0 and first[-1] == steps
+        shares = [b - a for a, b in pairwise(first)]
+        assert min(shares) >= 0
+        if 4 * steps >= quarters * (splits - chunks):  # else splits with a chunk get no tiles
+            work = [share + quarters / 4 * (i < chunks) for i, share in enumerate(shares)]
+            assert max(work) - min(work) <= 2
+        else:
+            assert max(shares[:chunks], default=0) <= 1
 
 
 @pytest.mark.parametrize("impl", PATHS)

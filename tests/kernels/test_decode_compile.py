@@ -70,10 +70,11 @@ def _compile(case: dict):
         from tq_ao.kernels.combine_gluon import combine_gluon_kernel as fn
 
         merge = host.merge_config(dim, case["rows"], case["splits"], 132)
-        warps = merge.query_warps * merge.part_warps
+        warps = merge.queries * merge.dim_warps
         constants = {
-            "G": group, "D": dim, "DP": padded, "COLUMNS": merge.columns, "R": merge.queries, "WR": merge.query_warps,
-            "WP": merge.part_warps, "PARTS_EACH": merge.parts, "MORE": True, "HAS_SINK": True,
+            "G": group, "D": dim, "DP": padded, "COLUMNS": merge.columns, "R": merge.queries, "WD": merge.dim_warps,
+            "PARTS": merge.parts, "MORE": case["splits"] > merge.parts, "E_PARTS": 8, "E_MORE": case["chunks"] > 8,
+            "HAS_SINK": True,
             "PDL": case["arch"] >= 90, "num_warps": warps, "batch": 1,
         }  # fmt: skip
         signature, attrs = _signature(fn.arg_names, constants, "*i8")
@@ -88,7 +89,7 @@ def _compile(case: dict):
         from tq_ao.kernels.query import prepare_kernel as fn
 
         constants = {
-            "G": group, "D": dim, "DP": padded, "COLUMNS": 32, "KC": 64, "OPERAND": triton.language.bfloat16,
+            "G": group, "D": dim, "DP": padded, "COLUMNS": 32, "OPERAND": triton.language.bfloat16,
             "SOFTCAP": softcap, "EXACT": True, "CHUNK": 64,
             "PRECISION": "tf32", "PDL": False,
         }  # fmt: skip
@@ -216,9 +217,10 @@ def test_gluon(name: str) -> None:
         assert loop.total() <= 12 * 32 * config["tiles"], "a step of 64 tokens takes 740 instructions"
 
 
-def merge(head_dim: int, rows: int, splits: int, arch: int = 90) -> dict:
+def merge(head_dim: int, rows: int, splits: int, arch: int = 90, chunks: int = 6) -> dict:
     """`rows` are the queries of all rows and heads."""
-    return {"kernel": "merge", "arch": arch, "head_dim": head_dim, "group": 4, "rows": rows, "splits": splits}
+    case = {"kernel": "merge", "arch": arch, "head_dim": head_dim, "group": 4}
+    return case | {"rows": rows, "splits": splits, "chunks": chunks}
 
 
 MERGES = {
@@ -230,6 +232,7 @@ MERGES = {
     "head_dim 64": merge(64, 8, 100, 100),
     "head_dim 96": merge(96, 512, 12, 80),
     "head_dim 256": merge(256, 256, 15),
+    "a wide window": merge(128, 64, 24, chunks=33),
 }
 PORTABLE = [
     {"kernel": "portable", "arch": 80, "bits": bits, "head_dim": head_dim, "group": 4}

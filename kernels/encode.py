@@ -67,7 +67,7 @@ def encode_kernel(
     heads, n, tiles, capacity, sinks, window, blocks,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr,
     TILES: tl.constexpr, KC: tl.constexpr, HALVES: tl.constexpr, RING: tl.constexpr, AHEAD: tl.constexpr,
-    OPERAND: tl.constexpr, SOON: tl.constexpr,
+    OPERAND: tl.constexpr, SOON: tl.constexpr, SHIFT_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Encode many tiles of one side (keys or values).
 
@@ -75,9 +75,10 @@ def encode_kernel(
     append, and the tiles are those that leave the window with it; tokens older than x are in the ring.
 
     Grid: (B * H, chunks); a program encodes up to `blocks` blocks of TILES tiles, half a block (16 tokens of each tile)
-    at a time.  A map in one bf16 part stays in shared memory (HERE: up to D = 128; at D = 256, for a bf16 x, where it
-    fits: HALVES); others are streamed.  AHEAD: tokens that are on their way to L2 while the map is prepared; SOON: half
-    blocks from the one that is encoded to the one that is sent for.  feedback: of all heads, or None.
+    at a time.  A map in one bf16 part stays in shared memory for whole blocks (HERE: up to D = 128; at D = 256, for a
+    bf16 x, where it fits: HALVES); others are streamed.  AHEAD: tokens that are on their way to L2 while the map is
+    prepared; SOON: half blocks from the one that is encoded to the one that is sent for.  SHIFT_ROWS: the shift is
+    three rows more of the product.  feedback: of all heads, or None.
     """
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
@@ -115,8 +116,7 @@ def encode_kernel(
         operand = None
         if FEEDBACK:
             operand = load_feedback(feedback, h, D, DP, KEY, OPERAND)
-        unit = 1.0
-        # Blocks begin .. end - 1 are whole and all in x; those before and after them need masks or the ring.
+        # Blocks begin .. end - 1 are whole and all in x, and meet a map in one part; others stream the map, with masks.
         begin = last
         end = last
         if HERE:
@@ -134,15 +134,12 @@ def encode_kernel(
                 part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
                 products += part[:, None] * high
             shifted = tl.reshape(arrange(tl.sum(products, axis=0)[None, :], KEY, FEEDBACK), [DP])
-            minus = shift_operand(shifted, OPERAND)
-            map_has_low = remainder > 0
+            minus = shift_operand(shifted, OPERAND) if SHIFT_ROWS else -shifted
             m, _low = map_operands(arranged(map, 0, D, DP, min(DP, 128), KEY, FEEDBACK), unit, inverse, OPERAND)
             m2 = None
             if DP > 128:
                 m2, _low2 = map_operands(arranged(map, 128, D, DP, 128, KEY, FEEDBACK), unit, inverse, OPERAND)
-            if map_has_low:
-                unit = 1.0
-            else:
+            if remainder == 0:
                 if RING:
                     begin = tl.minimum(tl.maximum((fresh + TILES * 32 - 1) // (TILES * 32), first), last)
                     end = tl.minimum(tl.maximum(count // TILES, begin), last)
@@ -165,15 +162,9 @@ def encode_kernel(
                 rows = tl.where(tile * 32 + token < fresh, ring + slot * r_sn, rows)
             else:
                 ok = token < n - tile * 32
-            if HERE:
-                if map_has_low:
-                    y = mapped(rows, ok, map, shift, D, DP, KEY, FEEDBACK, KC, OPERAND)
-                else:
-                    y = mapped_here(rows, ok, minus, m, m2, D, DP, OPERAND)
-            else:
-                y = mapped(rows, ok, map, shift, D, DP, KEY, FEEDBACK, KC, OPERAND)
+            y = mapped(rows, ok, map, shift, D, DP, KEY, FEEDBACK, KC, OPERAND)
             words0, scale0 = _put_half(
-                y, operand, words0, scale0, half, unit, words, scales, w_st, s_st, order, tile, left,
+                y, operand, words0, scale0, half, 1.0, words, scales, w_st, s_st, order, tile, left,
                 D, BITS, KEY, STEP, TILES, OPERAND,
             )  # fmt: skip
         if HERE:
@@ -221,18 +212,14 @@ def padded_dim(dim: int) -> int:
 def launch_options(dim: int, shared: int, feedback: bool) -> dict[str, int]:
     """Block sizes of `encode_kernel` on a chip with `shared` KiB of shared memory in a multiprocessor."""
     wide = shared >= WIDE
-    options = {"TILES": 4, "KC": 32, "num_warps": 4 if wide else 8, "HALVES": False, "SOON": 0}
+    options = {"TILES": 4, "KC": 32, "num_warps": 4 if wide else 8, "HALVES": False, "SOON": 0, "SHIFT_ROWS": wide}
     if dim > 128:
         if dim < 256 or shared < (WIDE if feedback else 160):
             return {**options, "num_stages": 2 if wide else 1}
         if feedback:  # no room for two stages of rows: twice the rows and warps instead
             return {**options, "HALVES": True, "TILES": 8, "num_warps": 8, "num_stages": 1, "SOON": 1}
-        return {**options, "HALVES": True, "num_stages": 2 if wide else 1, "SOON": 2}
-    if dim <= 64:
-        stages = 3 if dim == padded_dim(dim) else 2
-    else:
-        stages = 2 if shared >= 160 or not feedback else 1
-    return {**options, "num_stages": stages}
+        return {**options, "HALVES": True, "num_stages": 2 if wide else 1, "SOON": 2, "SHIFT_ROWS": True}
+    return {**options, "num_stages": 3 if dim in (32, 64) else 2}
 
 
 def shared_kib(device: torch.device) -> int:

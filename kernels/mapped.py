@@ -74,7 +74,7 @@ def shift_operand(shifted, OPERAND: tl.constexpr):
 
 @triton.jit
 def minus_shift(ok, shift, OPERAND: tl.constexpr):
-    """Minus the mapped shift where ok [N], float32 [N, DP]: a product, since to add it would take 64 registers."""
+    """Minus the mapped shift where ok [N], float32 [N, DP]: a product, as a vector would take up to 64 registers."""
     ones = tl.where(ok[:, None] & (tl.arange(0, 16) < 3)[None, :], 1.0, 0.0)
     return tl.dot(ones.to(tl.bfloat16).to(OPERAND), shift, input_precision="ieee")
 
@@ -95,10 +95,14 @@ def add_product(x, m, y, OPERAND: tl.constexpr):
 def mapped_here(rows, ok, minus, m, m2, D: tl.constexpr, DP: tl.constexpr, OPERAND: tl.constexpr):
     """`mapped` by a map in one part that stays in shared memory, m its first 128 rows, m2 the others.
 
-    minus: the shift as `shift_operand` makes it.
+    minus: minus the mapped shift, float32 [DP], or as `shift_operand` makes it.
     """
     K: tl.constexpr = min(DP, 128)
-    y = add_product(load_rows(rows, ok, 0, D, K), m, minus_shift(ok, minus, OPERAND), OPERAND)
+    if len(minus.shape) == 1:
+        y = tl.where(ok[:, None], minus[None, :], 0.0)
+    else:
+        y = minus_shift(ok, minus, OPERAND)
+    y = add_product(load_rows(rows, ok, 0, D, K), m, y, OPERAND)
     if DP > 128:
         y = add_product(load_rows(rows, ok, 128, D, 128), m2, y, OPERAND)
     return y

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import bf16_kernels  # type: ignore[import-not-found]
 import torch
 
-RESULT = Path(__file__).resolve().parents[1] / "benchmarks/results/attention_h100.json"
+RESULT = Path(__file__).resolve().parents[1] / "benchmarks/results/attention_h200.json"
 WINDOW, SINKS, RING = 128, 4, 256
 
 

@@ -26,6 +26,21 @@ def test_attention_table():
     assert section("attention") == [line for line in printed.splitlines() if line.startswith("|")]
 
 
+def test_whole_model_table():
+    result = json.loads((ROOT / "benchmarks" / "results" / "decode_llama-3-8b_h200.json").read_text())
+    want = []
+    for batch, length in dict.fromkeys((row["batch"], row["length"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["batch"], row["length"]) == (batch, length)]
+        exact = min((row for row in rows if row["cache"] == "bf16"), key=lambda row: row["ms_median"])
+        packed = {row["bits"]: row for row in rows if row["cache"] == "packed"}
+        cells = [f"{exact['ms_median']:.2f} ms, {exact['cache_gib']:.1f} GiB"]
+        for row in (packed[4], packed[3], packed[2]):
+            speed = exact["ms_median"] / row["ms_median"]
+            cells.append(f"{row['ms_median']:.2f} ms, {speed:.2f}x, {row['cache_gib']:.1f} GiB")
+        want.append(f"| {batch} x {length} | {' | '.join(cells)} |")
+    assert section("decode")[2:] == want
+
+
 def test_quality_table():
     lines = section("quality")[2:]
     assert len(lines) >= 12
@@ -51,7 +66,7 @@ def test_converted_table():
 
 
 def test_prefill_tables():
-    result = json.loads((ROOT / "benchmarks" / "results" / "prefill_h100.json").read_text())
+    result = json.loads((ROOT / "benchmarks" / "results" / "prefill_h200.json").read_text())
     sides: dict[str, list[dict]] = {}
     for row in result["encode"]:
         what = f"D {row['head_dim']}, {row['bits']} bits, {row['map']}{', shifted' * row['shifted']}"

@@ -55,6 +55,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="take the fewest bits whose measured perplexity rises by at most this; with --max-kl both hold",
     )  # fmt: skip
     p.add_argument(
+        "--repair", type=int, metavar="N", help="measure N swaps of bits between layers, keep what helps; default 0"
+    )
+    p.add_argument(
         "--maps", choices=("auto", "plain"), help="calibrated maps, or TurboQuant's random rotations; default auto"
     )
     p.add_argument("--window", type=int, help="newest tokens kept exact; default 128")
@@ -94,7 +97,7 @@ def settings(args: argparse.Namespace) -> recipe.Recipe:
     if args.target is not None and args.recipe is None:
         raise ValueError("expected --recipe with --target; targets are settings in a recipe, see recipes/README.md")
     base = recipe.load(args.recipe, args.target) if args.recipe else recipe.Recipe(model=args.model)
-    names = ("model", "bits", "memory", *LOSSES, "maps", "window", "sinks", "context", "seed")
+    names = ("model", "bits", "memory", *LOSSES, "repair", "maps", "window", "sinks", "context", "seed")
     changes = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.memory is not None:  # a budget takes the place of the recipe's
         changes.setdefault("bits", None)

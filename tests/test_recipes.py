@@ -46,7 +46,7 @@ def test_it_says_everything_and_how_to_run_it(path):
     assert script.settings(args) == load(path)
     for changes in data["targets"].values():
         unsaid = {field.name for field in fields(Recipe)} - set(data) - set(changes)
-        assert unsaid <= {*LOSSES, "memory"}, "no hidden defaults"
+        assert unsaid <= {*LOSSES, "memory", "repair"}, "no hidden defaults"
 
 
 @every_recipe

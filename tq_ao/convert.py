@@ -218,11 +218,14 @@ def choose(job: Conversion, *, journal: Path | None = None, progress: bool = Fal
             job.model, job.calibration, plain, recall=job.recall, bits=recipe.bits, memory=job.memory,
             limits=recipe.limits, widths=BITS if job.memory else BITS[:4], window=recipe.window, sinks=recipe.sinks,
             context=context, maps="auto" if recipe.maps == "auto" else "plain", seed=recipe.seed, journal=journal,
-            progress=progress, report=say,
+            repair_evaluations=recipe.repair and recipe.repair + 1, progress=progress, report=say,
         )  # fmt: skip
         job.schedule, job.maps = dict(result.schedule), result.maps
         job.report["sensitivity"] = {f"{i}.{side}.{bits}": value for (i, side, bits), value in result.table.items()}
         job.report["variants"] = {str(i): list(pair) for i, pair in result.variants.items()}
+        if (fixed := result.repair) is not None:
+            trials = [{"move": move, "kl": kl, "kept": kept} for move, kl, kept in fixed.trials]
+            job.report["repair"] = {"kl_before": fixed.start, "kl_after": fixed.value, "trials": trials}
 
 
 def context_of(recipe: Recipe, text_config: Any) -> int:

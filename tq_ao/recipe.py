@@ -55,6 +55,8 @@ class Recipe:
             (`tq_ao.footprint`); layers may then be 8 bits wide or stay exact; "auto" schedules only.
         max_kl, max_ppl: take the fewest bits (the least memory) whose KL (nats) and rise of perplexity (percent),
             measured on the calibration text, are at most this; "auto" schedules only.
+        repair: swaps of bits between layers to measure, as the costs of single layers do not add up; 0 takes the sum's
+            word; "auto" schedules only.
         maps: "auto" calibrates maps and picks a variant per layer, "plain" keeps random rotations; read by "auto"
             schedules only.
         window, sinks, rotation, seed: see TurboQuantConfig.
@@ -72,6 +74,7 @@ class Recipe:
     memory: float | None = None
     max_kl: float | None = None
     max_ppl: float | None = None
+    repair: int = 0
     maps: str = "auto"
     window: int = 128
     sinks: int = 4
@@ -102,6 +105,12 @@ class Recipe:
             )
         if self.context is not None and (not isinstance(self.context, int) or self.context < 1):
             raise ValueError(f"expected context to be a number of tokens, or none, got {self.context!r}")
+        if not isinstance(self.repair, int) or isinstance(self.repair, bool) or self.repair < 0:
+            raise ValueError(f"expected repair to be a number of swaps, 0 or more, got {self.repair!r}")
+        if self.repair and self.schedule != "auto":
+            raise ValueError(
+                f"expected schedule auto with repair, got {self.schedule!r}; other schedules leave nothing to swap"
+            )
         for name, limit in {**self.limits, "memory": self.memory}.items():
             if limit is None:
                 continue

@@ -194,6 +194,20 @@ def test_the_least_memory_that_meets_a_target(base, text, tmp_path):
     assert report["fell_back"] or report["baseline_uniform"]["bits"] == 1
 
 
+def test_swaps_of_bits_are_measured_and_recorded(base, text, tmp_path, capsys):
+    code, out = run(base, text, tmp_path, "--repair", "3")
+    assert code == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    repair = report["repair"]
+    assert 1 <= len(repair["trials"]) <= 3 and repair["kl_after"] <= repair["kl_before"]
+    kept = [trial["kl"] for trial in repair["trials"] if trial["kept"]]
+    assert repair["kl_after"] == min(kept, default=repair["kl_before"])
+    said = capsys.readouterr().err
+    for trial in repair["trials"]:
+        assert f"{trial['move']}: KL {trial['kl']:.5f} {'kept' if trial['kept'] else 'undone'}" in said
+    assert report["average_bits"] <= 3 and load(out / "recipe.yaml").repair == 3
+
+
 def test_a_converted_model_can_be_converted_again(base, text, tmp_path):
     code, out = run(base, text, tmp_path, "--schedule", "uniform", "--bits", "1")
     assert code == 0
@@ -345,6 +359,8 @@ def test_names_of_outputs():
         (["--schedule", "uniform", "--bits", "2.3"], "use schedule auto"),
         (["--schedule", "uniform", "--max-kl", "0.1"], "expected schedule auto with max_kl"),
         (["--schedule", "uniform", "--max-ppl", "1"], "expected schedule auto with max_ppl"),
+        (["--schedule", "uniform", "--repair", "4"], "expected schedule auto with repair, got 'uniform'"),
+        (["--repair", "-1"], "expected repair to be a number of swaps, 0 or more, got -1"),
         (["--max-kl", "0"], "max_kl to be a number above 0, got 0.0"),
         (["--max-ppl", "0"], "max_ppl to be a number above 0, got 0.0"),
         (["--max-ppl", "-1"], "max_ppl to be a number above 0, got -1.0"),

@@ -93,9 +93,9 @@ class MergeConfig(NamedTuple):
 
 
 def merge_config(head_dim: int, rows: int, splits: int, multiprocessors: int) -> MergeConfig:
-    """The launch of the merge for `rows` = B * Hq queries: eight warps to a program, a program to a multiprocessor."""
+    """The launch of the merge for `rows` = B * Hq queries: eight warps, unless the dims are few; one for each SM."""
     padded = triton.next_power_of_2(head_dim)
-    columns, queries = min(64, padded), 8
+    columns, queries = min(64, padded) if padded <= 256 else 32, 8
     while queries > 1 and rows // queries * triton.cdiv(head_dim, columns) < 0.95 * multiprocessors:
         queries //= 2
     if padded == 128 and (queries == 1 or rows // queries >= 1.5 * multiprocessors):  # the map is read fewer times
@@ -121,7 +121,7 @@ def plan(programs: int, tiles: int, exact_tokens: int, slots: int, tiles_per_ste
         Splits of the sequence, and exact tokens to a chunk; the first splits take a chunk each, and fewer tiles.
     """
     room = max(1, slots // programs)
-    least = triton.cdiv(tiles * TILE, MAX_SPLIT_TOKENS)
+    least = triton.cdiv(tiles * TILE + 16 * exact_tokens, MAX_SPLIT_TOKENS)  # in bytes an exact token is 16 of 1 bit
     useful = triton.cdiv(tiles, max(MIN_TILES, MIN_STEPS * tiles_per_step)) + triton.cdiv(exact_tokens, TILE)
     splits = max(1, least, min(room, useful, MAX_SPLITS))
     return splits, TILE * triton.cdiv(exact_tokens, TILE * splits)
@@ -162,6 +162,10 @@ def decode_attention(
             f"expected at most {MAX_PAIRS} pairs of row and KV head, got {batch} x {heads}; split the batch"
         )
     group, device = q_heads // heads, q.device
+    if batch * group > 4 * MAX_PAIRS:
+        raise ValueError(
+            f"expected at most {4 * MAX_PAIRS} queries to a KV head, got {batch} rows of {group}; split the batch"
+        )
     padded = triton.next_power_of_2(dim)
     head_tiles = triton.cdiv(group, 8)
     if q.stride(3) != 1:
@@ -189,10 +193,18 @@ def decode_attention(
     exact_tokens = max(1, sinks + (min(window + TILE, capacity) if capacity else 0))
     slots = _multiprocessors(device) * config.resident
     half_precision = q.dtype.itemsize == 2 and k_recent.dtype.itemsize == 2
-    splits, chunk = plan(programs, tiles, exact_tokens, slots, config.tiles)
+    splits, chunk = plan(programs, tiles, 0 if separate else exact_tokens, slots, config.tiles)
     if separate:
         chunk = 64 if half_precision or padded <= 128 else 32  # what shared memory holds
     chunks = triton.cdiv(exact_tokens, chunk)
+    here = 0 if separate else chunks
+    # What an exact chunk is worth, by its bytes, in quarters of a step over packed tiles.
+    exact_quarters = round(4 * 4 * chunk * dim / (TILE * config.tiles * (dim * (k_bits + v_bits) / 8 + 4)))
+    if use_gluon and splits * (4 * triton.cdiv(tiles, config.tiles) + exact_quarters * here) >= 2**31:
+        most = 2**29 // splits * config.tiles * TILE  # what decode_gluon._first_step can count in 32 bits
+        raise ValueError(
+            f"expected room for about {most} tokens to a row at most, got {tiles * TILE}; use impl='triton' beyond that"
+        )
 
     f32 = torch.float32
     rows = batch * q_heads
@@ -208,7 +220,7 @@ def decode_attention(
     pdl = use_gluon and torch.cuda.get_device_capability(device) >= (9, 0)
     exact_programs = batch * heads * triton.cdiv(group, 16) * chunks if separate else 0
     unit = 127.0 if k_bits == 8 else 1.0
-    columns = 32
+    columns = 32 if padded <= (256 if q.dtype == torch.bfloat16 else 128) else 16  # of the map, which is in registers
     prepare_kernel[(heads * triton.cdiv(batch * group, 16) * (dim // columns) + exact_programs,)](
         q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, exact_o, exact_ml,
         q.stride(0), q.stride(1), *sink_strides, *recent_strides, batch, heads, sinks, window, capacity, chunks, factor,
@@ -221,9 +233,6 @@ def decode_attention(
         from .decode_gluon import gluon_splits_kernel
         from .fragments import constraints, key_asm, value_asm
 
-        here = 0 if separate else chunks
-        # What an exact chunk is worth, by its bytes, in quarters of a step over packed tiles.
-        exact_quarters = round(4 * 4 * chunk * dim / (TILE * config.tiles * (dim * (k_bits + v_bits) / 8 + 4)))
         gluon_splits_kernel[(splits, batch * heads, triton.cdiv(head_tiles, config.head_tiles))](
             rotated, bias, k_codes.view(torch.int8), k_scales, v_codes.view(torch.int8), v_scales,
             q, k_sinks, v_sinks, k_recent, v_recent, length, start, split_o, split_ml, exact_o, exact_ml,

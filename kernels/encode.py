@@ -10,11 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .mapped import arranged, largest, load_map, map_operands, map_parts, mapped, mapped_here, shift_operand
+from .mapped import any_nonzero, arranged, load_map, map_operands, map_parts, mapped, mapped_here, shift_operand
 from .pack import arrange, get_words, load_feedback, put_scales, put_words, quantize, token_order
 
 TILE = 32
-RESIDENT = {32: 4, 64: 4, 128: 2, 256: 1}  # programs to a multiprocessor
+RESIDENT = {32: 4, 64: 4, 128: 2}  # programs to a multiprocessor; larger dims: 1
 WIDE = 200  # KiB of shared memory: a chip with wgmma or tcgen05
 
 
@@ -126,11 +126,11 @@ def encode_kernel(
             unit = tl.where((top > 0) & (least == top), top, 1.0)
             inverse = 1.0 / unit
             # (x - shift) @ map = x @ map - shift @ map; the map is read once for the shift and for a second part.
-            remainder = 0.0
+            remainder = 0
             products = tl.zeros([KC, DP], tl.float32)
             for k in tl.range(0, DP, KC, num_stages=1):
                 high, low = map_parts(load_map(map, k, D, DP, KC), unit, inverse)
-                remainder = tl.maximum(remainder, largest(low))
+                remainder = tl.maximum(remainder, any_nonzero(low))
                 part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
                 products += part[:, None] * high
             shifted = tl.reshape(arrange(tl.sum(products, axis=0)[None, :], KEY, FEEDBACK), [DP])
@@ -236,7 +236,7 @@ def encode_many(x, ring, codes, scales, map, shift, feedback, length, start, til
     options = launch_options(dim, shared_kib(x.device), feedback is not None)
     blocks = triton.cdiv(tiles, options["TILES"])
     cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    per_program = max(1, triton.cdiv(blocks * batch * heads, RESIDENT[padded_dim(dim)] * cores))
+    per_program = max(1, triton.cdiv(blocks * batch * heads, RESIDENT.get(padded_dim(dim), 1) * cores))
     encode_kernel[(batch * heads, triton.cdiv(blocks, per_program))](
         x, ring, words, scales, map, shift, feedback, length, start,
         *x.stride()[:3], *(ring.stride()[:3] if ring is not None else (0, 0, 0)), *words.stride()[:3],

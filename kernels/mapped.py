@@ -1,7 +1,7 @@
 """Rows times a map on tensor cores, in bf16 parts.
 
 Two parts (high + remainder, 17 bits) make a number: map = m_hi + m_lo, and x = x_hi + x_lo unless x is bf16 already;
-x_lo m_lo is left out.  A remainder that is all zero is skipped at run time: maps of the cache are bf16 numbers
+x_lo m_lo is left out.  `mapped_here` is for maps without a remainder: those of the cache are bf16 numbers
 (`rotation.in_one_part`), or +-c as a randomised Hadamard matrix, which is divided by c first.  Under the Triton
 interpreter, whose bf16 product is wrong, the same parts are multiplied as float32 (OPERAND).
 """
@@ -51,8 +51,9 @@ def arranged(
 
 
 @triton.jit
-def largest(x):
-    return tl.max(tl.reshape(tl.abs(x), [x.shape[0] * x.shape[1]]), axis=0)
+def any_nonzero(x):
+    """1 if an entry is not zero (NaN is not), else 0."""
+    return tl.max(tl.reshape((x != 0).to(tl.int32), [x.shape[0] * x.shape[1]]), axis=0)
 
 
 @triton.jit

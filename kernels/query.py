@@ -49,12 +49,17 @@ def _prepare(
     column = part * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, DP)
     inside = inner < D
-    # [DP, COLUMNS]; neither this nor the shift is written by the launch before: they come while that ends
-    part_map = tl.load(query_map + h * D * D + inner[:, None] * D + column[None, :], mask=inside[:, None], other=0.0)
-    shift = tl.load(key_shift + h * D + inner, mask=inside, other=0.0)
-    if PDL:
+    p_map = query_map + h * D * D
+    if PDL:  # on its way to L2 while the launch before ends; a load before the wait would race with one that writes it
+        line = tl.where(inside, p_map + inner * D + part * COLUMNS, p_map)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
+        )
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    # [DP, COLUMNS]
+    part_map = tl.load(p_map + inner[:, None] * D + column[None, :], mask=inside[:, None], other=0.0)
+    shift = tl.load(key_shift + h * D + inner, mask=inside, other=0.0)
     p_q = q + b[:, None] * stride_qb + (h * G + g)[:, None] * stride_qh
     x = tl.load(p_q + inner[None, :], mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
     if q.dtype.element_ty == tl.bfloat16:  # exact queries, the map in two parts: 17 bits

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = {80: 164, 89: 100, 90: 228, 120: 100}  # KiB of a multiprocessor, of which a program may have all but one
-COMPILER = ("num_warps", "num_stages", "maxnreg")
+COMPILER = ("num_warps", "num_stages")
 TYPES = {
     "words": "*i32", "k_words": "*i32", "v_words": "*i32", "length": "*i64", "start": "*i64", "scale": "fp32",
     "k_factor": "fp32", "v_factor": "fp32", "softcap": "fp32", "scales": "*fp16", "k_scales": "*fp16",
@@ -225,11 +225,11 @@ def test_codes_stay_in_the_registers_of_the_product(reports: list[dict]) -> None
     main = [r for r in reports if (r["kernel"], r["dim"], r["arch"]) == ("encode", 128, 90) and max(r["bits"]) < 8]
     assert len(main) >= 6
     for report in main:
-        # About 11 to a number run (quantising 8, packing 1); the others are a second part of the map, a shift, and
-        # what is done once for two halves.  Comparing with thresholds and gathering codes took 23 to 35.
+        # Quantising takes 8 to a number, packing 1; some is done once for two halves.  Comparing with thresholds and
+        # gathering codes took 23 to 35.
         # Feedback takes 2 more (the error of half the numbers, in bf16, and halves that are reduced one by one), and no
         # more stores: the error goes from the accumulator of one product into the next in registers.
-        assert report["loop"] <= (18 if report.get("feedback") else 16) * 64, report
+        assert report["loop"] <= (16 if report.get("feedback") else 14) * 64, report
         # Scales, and what else is done once for two halves; codes would take 16 and more.
         assert report["loop_stores"] <= 8 and report["loop_barriers"] <= 6, report
         # Two programs to a multiprocessor, so that one quantises while the other multiplies.

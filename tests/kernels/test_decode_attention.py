@@ -9,6 +9,7 @@ from itertools import pairwise
 from types import FunctionType, SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,6 +112,7 @@ CASES = {
     "head_dim 96, 4 and 2 bits": Case(head_dim=96, k_bits=4, v_bits=2),
     "head_dim 128": Case(head_dim=128, lengths=(230,)),
     "head_dim 256": Case(head_dim=256, group=2),
+    "head_dim 288": Case(head_dim=288, group=2),
     "group 1": Case(group=1),
     "group 7": Case(group=7),
     "group 8": Case(group=8, heads=2),
@@ -183,13 +185,16 @@ def test_splits_share_exact_tokens_and_steps_evenly(seed: int) -> None:
     on_host = FunctionType(_first_step.fn.__code__, {"gl": SimpleNamespace(minimum=min, maximum=max)})
     draw = random.Random(seed)
     for _ in range(300):
-        splits, steps = draw.randint(1, 512), draw.choice([draw.randint(0, 40), draw.randint(0, 33_000)])
-        chunks, quarters = draw.randint(0, min(6, splits)), draw.randint(0, 40)
-        first = [on_host(i, splits, steps, chunks, quarters) for i in range(splits + 1)]
+        splits, steps = draw.randint(1, 512), draw.choice([draw.randint(0, 40), draw.randint(0, 33_000), 500_000])
+        chunks = draw.randint(0, draw.choice([min(6, splits), splits]))
+        quarters = draw.randint(0, draw.choice([40, 2000]))
+        numbers = np.array([splits, steps, chunks, quarters], np.int32)  # as on the device
+        with np.errstate(over="raise"):
+            first = [int(on_host(np.int32(i), *numbers)) for i in range(splits + 1)]
         assert first[0] == 0 and first[-1] == steps
         shares = [b - a for a, b in pairwise(first)]
         assert min(shares) >= 0
-        if 4 * steps >= quarters * (splits - chunks):  # else splits with a chunk get no tiles
+        if 4 * steps >= quarters * (splits - chunks):  # else a chunk is worth more than a share of the tiles
             work = [share + quarters / 4 * (i < chunks) for i, share in enumerate(shares)]
             assert max(work) - min(work) <= 2
         else:
@@ -202,6 +207,30 @@ def test_capacity_beyond_the_length(impl: str, rng: torch.Generator) -> None:
 
     case = Case(lengths=(140, 90))
     assert error(case, make(case, rng, capacity_tiles=20), decode_attention, impl) < (1e-3 if impl == "gluon" else 3e-5)
+
+
+@pytest.mark.parametrize("impl", PATHS)
+def test_strided_maps(impl: str, rng: torch.Generator) -> None:
+    """Copied by the launch before the first of ours."""
+    from tq_ao.kernels.decode_attention import decode_attention
+
+    case = Case(lengths=(140, 90), heads=2)
+    args = make(case, rng)
+    args["query_map"] = args["query_map"].mT.contiguous().mT
+    args["key_shift"] = args["key_shift"][:1].expand(2, -1)
+    assert error(case, args, decode_attention, impl) < (1e-3 if impl == "gluon" else 3e-5)
+
+
+@pytest.mark.parametrize(("splits", "chunk"), [(1, 352), (2, 192), (7, 64), (12, 32)])
+def test_gluon_shares_a_wide_window_among_splits(
+    splits: int, chunk: int, cuda: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many splits as chunks, more of them, and more chunks than the merge takes at a time."""
+    from tq_ao.kernels import decode_attention as module
+
+    monkeypatch.setattr(module, "plan", lambda *_: (splits, chunk))
+    case = Case(lengths=(700, 340, 5), heads=2, window=300, dtype=torch.float16)
+    assert error(case, make(case, rng), module.decode_attention, "gluon") < 2e-3
 
 
 @pytest.mark.parametrize("impl", PATHS)

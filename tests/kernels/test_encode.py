@@ -46,11 +46,12 @@ def test_encode_equals_the_reference(
 def test_whole_blocks_equal_the_reference(
     dim: int, parts: int, shifted: bool, role: str, rng: torch.Generator, seed: int
 ) -> None:
-    """Two blocks of four tiles, which need no masks, between them and the end one that does."""
+    """Two blocks of four tiles, that keep a map in one part, and an end that streams it; one in two parts always is."""
     map = rotation_maps("dense", 1, dim, seed).key if parts == 1 else rotations("dense", 1, dim, seed)
     assert (map == map.bfloat16()).all() == (parts == 1)
     shift = torch.randn(1, dim, generator=rng) * shifted
-    x = layer_state.tokens(1, 1, 300, dim, rng, torch.bfloat16)
+    dtype = random.Random(seed + dim).choice([torch.float32, torch.float16, torch.bfloat16])
+    x = layer_state.tokens(1, 1, 300, dim, rng, torch.bfloat16 if dim == 256 else dtype)
     got = triton_encode.encode(x.to(DEVICE), map.to(DEVICE), shift.to(DEVICE), codebook(3), role)
     layer_state.assert_same_tiles(got, reference.encode(x, map, shift, 3, role), dim, role)
 
@@ -73,6 +74,14 @@ def test_whole_blocks_with_feedback_equal_the_reference(
     got = triton_encode.encode(*on_device, codebook(bits), role, maps.value_feedback.to(DEVICE))
     want = reference.encode(x, map, shift, bits, role, maps.value_feedback)
     layer_state.assert_same_tiles(got, want, dim, role, feedback=True)
+
+
+@pytest.mark.parametrize("dim", [32, 160, 288])
+def test_other_head_dims(dim: int, rng: torch.Generator) -> None:
+    maps = layer_state.maps(1, dim, rng).to(DEVICE)
+    x = layer_state.tokens(1, 1, 40, dim, rng, torch.bfloat16).to(DEVICE)
+    got = triton_encode.encode(x, maps.key, maps.key_shift, codebook(3), "key")
+    layer_state.assert_same_tiles(got, reference.encode(x, maps.key, maps.key_shift, 3, "key"), dim, "key")
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -140,7 +149,7 @@ def test_quantizing_equals_the_reference_on_the_same_numbers(bits: int, rng: tor
 @pytest.mark.parametrize("dim", [64, 128])
 def test_a_hadamard_map_needs_no_remainder(dim: int, rng: torch.Generator, seed: int) -> None:
     map = rotations("hadamard", 1, dim, seed).to(DEVICE)
-    x = layer_state.tokens(1, 1, 40, dim, rng, torch.bfloat16).to(DEVICE)
+    x = layer_state.tokens(1, 1, 150, dim, rng, torch.bfloat16).to(DEVICE)
     shift = torch.zeros(1, dim, device=DEVICE)
     got = triton_encode.encode(x, map, shift, codebook(4), "value")
     layer_state.assert_same_tiles(got, reference.encode(x, map, shift, 4, "value"), dim, "value", 2e-4)
@@ -149,20 +158,21 @@ def test_a_hadamard_map_needs_no_remainder(dim: int, rng: torch.Generator, seed:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("feedback", [False, True])
 def test_zero_and_broken_vectors(feedback: bool, bits: int, rng: torch.Generator) -> None:
+    """In a whole block, which keeps its map, and at the end, where it is streamed."""
     dim = 64
     matrix = layer_state.maps(1, dim, rng, feedback).to(DEVICE).key_feedback
-    x = torch.zeros(1, 1, 32, dim, device=DEVICE)
-    x[0, 0, 1, 3] = 1e4
-    x[0, 0, 2, 0] = torch.nan
-    x[0, 0, 3] = 1e30
-    map = rotations("dense", 1, dim, 0).to(DEVICE)
+    x = torch.zeros(1, 1, 160, dim, device=DEVICE)
+    x[0, 0, 1::128, 3] = 1e4
+    x[0, 0, 2::128, 0] = torch.nan
+    x[0, 0, 3::128] = 1e30
+    map = rotation_maps("dense", 1, dim, 0).key.to(DEVICE)
     _, scales = triton_encode.encode(x, map, torch.zeros(1, dim, device=DEVICE), codebook(bits), "key", matrix)
-    scales = scales.flatten()
-    assert scales[0] == 0
-    assert scales[1] > 0
-    assert scales[2].isnan()
-    assert scales[3] == 65504
-    assert not scales[4:].any()
+    for block in scales.flatten().split(128):
+        assert block[0] == 0
+        assert block[1] > 0
+        assert block[2].isnan()
+        assert block[3] == 65504
+        assert not block[4:].any()
 
 
 def test_offsets_beyond_two_to_the_31(cuda: torch.device) -> None:
@@ -170,5 +180,5 @@ def test_offsets_beyond_two_to_the_31(cuda: torch.device) -> None:
     x = torch.empty(1, 8, n, 128, dtype=torch.bfloat16, device=cuda).normal_()
     map, shift = rotations("hadamard", 8, 128, 3).to(cuda), torch.zeros(8, 128, device=cuda)
     codes, scales = triton_encode.encode(x, map, shift, codebook(3), "key")
-    want = reference.encode(x[:, :, -64:], map, shift, 3, "key")
-    layer_state.assert_same_tiles((codes[:, :, -2:], scales[:, :, -2:]), want, 128, "key")
+    want = reference.encode(x[:, :, -128:], map, shift, 3, "key")  # half of the last whole block, and the end
+    layer_state.assert_same_tiles((codes[:, :, -4:], scales[:, :, -4:]), want, 128, "key")

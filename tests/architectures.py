@@ -42,6 +42,11 @@ ARCHITECTURES = {
         "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768, "vocab_size": 152064,
         "sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28,
     },
+    "qwen2.5-coder-1.5b-instruct": {
+        "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 32768, "vocab_size": 151936,
+        "use_sliding_window": False, "max_window_layers": 28,
+    },
     "qwen3-8b": {
         "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,

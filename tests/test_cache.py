@@ -371,9 +371,44 @@ def test_padding_that_changes_is_refused(rng):
         model(ids[:, :40], attention_mask=mask[:, :40], **{tiny.CACHE: cache})
         with pytest.raises(ValueError, match="covers all 60 tokens"):
             model(ids[:, 40:], attention_mask=mask[:, 40:], **{tiny.CACHE: cache})
-        model(ids[:, 40:50], attention_mask=torch.ones_like(mask)[:, :50], **{tiny.CACHE: cache})
         with pytest.raises(ValueError, match="same left padding"):
-            model(ids[:, 50:], attention_mask=mask, **{tiny.CACHE: cache})
+            model(ids[:, 40:], attention_mask=torch.ones_like(mask), **{tiny.CACHE: cache})
+        hole = mask.clone()
+        hole[0, 50] = 0
+        with pytest.raises(ValueError, match="padding after a row's first token"):
+            model(ids[:, 40:], attention_mask=hole, **{tiny.CACHE: cache})
+        assert cache.get_seq_length() == 40, "nothing of a refused call is kept"
+        model(ids[:, 40:], attention_mask=mask, **{tiny.CACHE: cache})
+
+
+@pytest.mark.parametrize("max_len", [None, 128])
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_continued_cache_takes_causal_masks_only(additive, max_len, rng):
+    """Packed tokens are attended to causally, and another mask would be ignored: it is refused, and nothing kept."""
+    model, ids = tiny.model(), prompt(rng, 2, 60)
+    quantize_kv_(model, EIGHT)
+    cache, start = model.turboquant.make_cache(max_len), torch.tensor([0, 7])
+    key = torch.arange(max_len or 60)
+    causal = (key <= torch.arange(60)[:, None]) & (key >= start[:, None, None, None])
+
+    def call(first, last, mask):
+        mask = mask[:, :, first:last, : max_len or last]
+        given = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min) if additive else mask
+        return model(ids[:, first:last], attention_mask=given, **{tiny.CACHE: cache}).logits
+
+    tree, shown = causal.clone(), causal.clone()
+    tree[:, :, 57, 50:56] = False
+    shown[:, :, 55, 56] = True
+    with torch.no_grad():
+        call(0, 50, causal)
+        for other in (tree, shown):
+            with pytest.raises(ValueError, match="expected a causal mask"):
+                call(50, 60, other)
+        got = call(50, 60, causal)
+        padding = (torch.arange(60) >= start[:, None]).long()
+        want = model(ids, attention_mask=padding, use_cache=False).logits
+    assert int(cache.get_seq_length()) == 60
+    assert relative(got, want[:, 50:]) < 1e-3
 
 
 @pytest.mark.parametrize("max_len", [None, 512])
@@ -408,6 +443,7 @@ def test_multi_turn_reuse_of_one_cache(rng):
 def test_rows_can_be_reordered_repeated_and_selected(rng):
     model, ids = tiny.model(), prompt(rng, 3, 120)
     quantize_kv_(model, THREE)
+    model.turboquant.make_cache().batch_repeat_interleave(2)  # nothing in it yet
     order = torch.tensor([2, 0, 1])
     for change, rows in (("reorder_cache", order), ("batch_select_indices", order[:2])):
         cache = model.turboquant.make_cache(256)

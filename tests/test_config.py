@@ -70,6 +70,7 @@ def test_recipe_round_trip(tmp_path):
         ("model: x\nbits: 0.5", "between 1 and 8"),
         ("model: x\ncalibration: {length: 10}", "length >= 256"),
         ("model: x\nschedule: {0: [5, 3]}", "k_bits in"),
+        ("model: x\nschedule: {0: [3, 2.0]}", "v_bits in .*, an int, got 2.0"),
         ("a: [", "r.yaml"),
     ],
 )
@@ -78,6 +79,12 @@ def test_bad_recipes_name_the_file(text, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         load(tmp_path / "r.yaml")
     assert "r.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bits", [3.0, True, "3"])
+def test_widths_are_ints(bits):
+    with pytest.raises(ValueError, match=f"an int, got {bits!r}"):
+        TurboQuantConfig(bits=bits)
 
 
 def test_uniform_widths():

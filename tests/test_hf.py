@@ -1,5 +1,6 @@
 """Attaching to transformers models, and checkpoints: what loads, with and without tq_ao, and what is refused."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import pytest
 import tiny
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
+    BloomConfig,
     DeepseekV3Config,
     DynamicCache,
     GenerationConfig,
@@ -205,6 +208,13 @@ def test_models_that_cannot_be_packed_say_why():
     ):
         with pytest.raises(ValueError, match=message):
             hf.check_supported(config)
+    if "gemma4_text" in CONFIG_MAPPING:  # newer than the oldest transformers we support
+        with pytest.raises(ValueError, match="gemma4_text: expected one head_dim in all layers"):
+            hf.check_supported(CONFIG_MAPPING["gemma4_text"]())
+    own = AutoModelForCausalLM.from_config(BloomConfig(hidden_size=64, n_layer=2, n_head=2, vocab_size=97))
+    with pytest.raises(ValueError, match="bloom: .* an attention of its own"):
+        quantize_kv_(own)
+    assert not hasattr(own, "turboquant")
     with pytest.raises(ValueError, match=r"names layers \[0\].*those are \[1, 3\]"):
         quantize_kv_(tiny.model("gemma3"), TurboQuantConfig(layers={0: LayerScheme(3, 3)}))
 
@@ -254,17 +264,79 @@ def test_plain_call_and_training(rng):
     assert model.lm_head.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("kind", "static"), [("llama", True), ("gemma3", False)])
-def test_on_a_gpu_guesses_go_through_a_cache_that_can_take_them_back(kind, static):
-    """Static there by default, but transformers' static sliding layers refuse to be cropped."""
-    model, given = tiny.model(kind), {}
+def prepared(model, mode, asked, **device):
+    """The cache that `generate` would get for 200 tokens."""
+    given = {}
+    on = SimpleNamespace(**{"device": model.device, "dtype": model.dtype, "turboquant": model.turboquant, **device})
+    hf._prepare_cache_for_generation(on, GenerationConfig(use_cache=True, **asked), given, mode, 1, 200)
+    return given[tiny.CACHE]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_on_a_gpu_guesses_go_through_a_cache_that_can_take_them_back(kind):
+    """Static there by default, but guesses reach beyond its end, and static sliding layers refuse to be cropped."""
+    model, cuda = tiny.model(kind), torch.device("cuda")
     quantize_kv_(model, TurboQuantConfig(**SMALL))
-    on_gpu = SimpleNamespace(device=torch.device("cuda"), turboquant=model.turboquant)
-    asked = GenerationConfig(use_cache=True, prompt_lookup_num_tokens=4)
-    hf._prepare_cache_for_generation(on_gpu, asked, given, GenerationMode.ASSISTED_GENERATION, 1, 200)
-    assert given[tiny.CACHE].is_croppable and given[tiny.CACHE].is_compileable == static
-    hf._prepare_cache_for_generation(on_gpu, asked, given := {}, GenerationMode.GREEDY_SEARCH, 1, 200)
-    assert given[tiny.CACHE].is_compileable
+    guesses = {"prompt_lookup_num_tokens": 4}
+    cache = prepared(model, GenerationMode.ASSISTED_GENERATION, guesses, device=cuda)
+    assert cache.is_croppable and not cache.is_compileable
+    assert prepared(model, GenerationMode.GREEDY_SEARCH, {}, device=cuda).is_compileable
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_guesses_near_the_last_token(implementation):
+    """Prompt lookup proposes as many tokens as it is told, whatever is left of max_length."""
+    model = tiny.model()
+    quantize_kv_(model, TurboQuantConfig(**SMALL))
+    ids = torch.arange(2, 22).repeat(1, 5)
+    options = {"attention_mask": torch.ones_like(ids), "max_length": 257, "do_sample": False}
+    want = model.generate(ids, **options)
+    found = model.generate(ids, **options, prompt_lookup_num_tokens=20, cache_implementation=implementation)
+    assert found.shape == want.shape
+
+
+def test_the_last_static_cache_serves_again_if_it_fits():
+    model, greedy = tiny.model(), GenerationMode.GREEDY_SEARCH
+    quantize_kv_(model, TurboQuantConfig(**SMALL))
+    where = id(prepared(model, greedy, {"cache_implementation": "static"}))
+    assert id(prepared(model, greedy, {"cache_implementation": "static"})) == where
+    model.bfloat16()
+    other = prepared(model, greedy, {"cache_implementation": "static"})
+    assert id(other) != where, "its buffers are of another dtype"
+    assert other.get_max_length() == 256
+    roomy = prepared(model, greedy, {"cache_implementation": "static", "max_cache_len": 1000})
+    assert roomy.get_max_length() == 1024
+
+
+def test_copies_and_pickles_are_models_of_their_own(tmp_path, rng):
+    model, ids = tiny.model(), ids_for(rng)
+    quantize_kv_(model, TurboQuantConfig(bits=2, **SMALL))
+    want = tokens(model, ids)
+    copied = copy.deepcopy(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for other in (copied, loaded):
+        assert torch.equal(tokens(other, ids), want)
+        quantize_kv_(other, TurboQuantConfig(bits=8, **SMALL))
+        with torch.no_grad():
+            widths = [one(ids)[tiny.CACHE].packed_layers()[0].scheme.k_bits for one in (other, model)]
+        assert widths == [8, 2]
+        other.save_pretrained(tmp_path / "saved")
+        stored = json.loads((tmp_path / "saved" / "config.json").read_text())
+        assert stored["quantization_config"]["kv_cache_scheme"]["num_bits"] == 8
+
+
+def test_a_call_with_gradients_says_that_its_cache_is_exact(rng, monkeypatch):
+    model, said = tiny.model(), []
+    monkeypatch.setattr(hf.logger, "warning_once", said.append)
+    quantize_kv_(model, TurboQuantConfig(**SMALL))
+    assert isinstance(model(ids_for(rng))[tiny.CACHE], DynamicCache)
+    assert len(said) == 1 and "torch.no_grad()" in said[0]
+    model(ids_for(rng), use_cache=False)
+    with torch.no_grad():
+        model(ids_for(rng))
+    model.train()(ids_for(rng))
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)
@@ -337,6 +409,20 @@ def test_text_generation_pipeline(smollm2):
         + "The capital of Italy is"
     )
     assert "Rome" in run(prompt, max_new_tokens=4, do_sample=False, return_full_text=False)[0]["generated_text"]
+
+
+def test_torchao_checkpoints_load_as_they_do_without_us(tmp_path, rng):
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    weights = TorchAoConfig(quant_type=Int8WeightOnlyConfig(version=2))
+    tiny.model().save_pretrained(tmp_path / "plain")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=weights).save_pretrained(
+        tmp_path / "ao"
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ao", quantization_config=weights)
+    assert not hasattr(model, "turboquant")
+    assert model(ids_for(rng)).logits.isfinite().all()
 
 
 def test_torchao_weights_and_a_packed_cache_in_one_checkpoint(tmp_path, rng):

@@ -141,7 +141,7 @@ class TurboQuantCache(Cache):
         self.quantization = quantization
         for layer in self.packed_layers()[:1]:
             layer.guards_length = max_cache_len is not None
-        self._mask_faults: torch.Tensor | None = None  # bool [3], looked at when the next mask arrives
+        self._mask_faults: torch.Tensor | None = None  # bool [4], on a GPU looked at when the next mask arrives
 
     def reset(self) -> None:
         """Empty every layer, keeping the buffers."""
@@ -161,22 +161,14 @@ class TurboQuantCache(Cache):
             query_length: new tokens per row.
 
         Raises:
-            ValueError: a mask of the new tokens only; or, when the cache is continued (looking sooner would stall
-                the device), padding after a row's first token or that was not what it had been.
+            ValueError: a mask of the new tokens only; padding after a row's first token, or that is not what it had
+                been; or, for tokens that continue a cache, a mask that is not causal.  On a GPU the last three are
+                raised by the next call (looking sooner would stall it), and so is padding in the first call, which may
+                be the only one.
         """
         padding_only = False
         if self._mask_faults is not None and not torch.compiler.is_compiling():
-            holes, changed, padding_only = self._mask_faults.tolist()
-            if holes:
-                raise ValueError(
-                    "expected left padding, got a mask with padding after a row's first token; "
-                    "set tokenizer.padding_side='left'"
-                )
-            if changed:
-                raise ValueError(
-                    "expected the same left padding in every call, got a mask that moves the first token of a row "
-                    "that had begun; pass one mask that grows with the text, or a new cache"
-                )
+            padding_only = _only_padding(self._mask_faults)
             self._mask_faults = None
         layers = self.packed_layers()
         if isinstance(attention_mask, dict):  # where no layer is full attention by name, packed ones slide by name only
@@ -192,15 +184,26 @@ class TurboQuantCache(Cache):
                 f"expected an attention_mask that covers all {seen + query_length} tokens, cached ones included, "
                 f"got {mask.shape[-1]}; pass the mask of the whole text"
             )
-        valid = mask > -1 if mask.is_floating_point() and attention_mask.dim() == 4 else mask != 0
+        valid = _visible(mask, attention_mask)
         begun = valid.cumsum(-1) > 0
         start = (~begun).sum(-1).clamp(max=seen + query_length)  # a row of padding so far: after these tokens
         if not torch.compiler.is_compiling():
-            inside = torch.arange(valid.shape[-1], device=valid.device) < seen + query_length
-            holes = (begun & ~valid & inside).any()
+            key = torch.arange(valid.shape[-1], device=valid.device)
+            holes = (begun & ~valid & (key < seen + query_length)).any()
             old = layers[0].start.to(start.device) if layers[0].is_initialized else start
             changed = ((start != old) & (old < seen)).any() if old.shape == start.shape else holes
-            self._mask_faults = torch.stack([holes, changed, (start == seen + query_length).any()])
+            custom = torch.zeros_like(holes)
+            if attention_mask.dim() == 4 and query_length > 1 and not layers[0].is_empty:
+                query = seen + torch.arange(query_length, device=valid.device)[:, None]
+                causal = (key >= start[:, None, None]) & (key <= query)  # [B, q, kv]
+                custom = (
+                    (_visible(attention_mask, attention_mask) != causal[:, None]).any(1)
+                    & (query >= start[:, None, None])
+                ).any()
+            faults = torch.stack([holes, changed, custom, (start == seen + query_length).any()])
+            if not (start.is_cuda or layers[0].is_empty):
+                _only_padding(faults)
+            self._mask_faults = faults
         for layer in layers:
             layer.set_start(start)
 
@@ -208,6 +211,36 @@ class TurboQuantCache(Cache):
         """Bytes of the packed layers, counted from the tensors: {"packed", "exact"}."""
         parts = [layer.nbytes() for layer in self.packed_layers()]
         return {key: sum(part[key] for part in parts) for key in ("packed", "exact")}
+
+
+def _visible(mask: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Where `mask`, of which `attention_mask` is the whole, lets attention through: bool."""
+    return mask > -1 if mask.is_floating_point() and attention_mask.dim() == 4 else mask != 0
+
+
+def _only_padding(faults: torch.Tensor) -> bool:
+    """Whether a row was padding only, from what `observe_mask` saw: bool [4].
+
+    Raises:
+        ValueError: holes, a first token that has moved, or a mask that is not causal.
+    """
+    holes, changed, custom, only_padding = faults.tolist()
+    if holes:
+        raise ValueError(
+            "expected left padding, got a mask with padding after a row's first token; "
+            "set tokenizer.padding_side='left'"
+        )
+    if changed:
+        raise ValueError(
+            "expected the same left padding in every call, got a mask that moves the first token of a row "
+            "that had begun; pass one mask that grows with the text, or a new cache"
+        )
+    if custom:
+        raise ValueError(
+            "expected a causal mask for tokens that continue a packed cache, got one that hides or shows others; "
+            "packed tokens are attended to causally: pass the padding mask [batch, tokens], or a new cache"
+        )
+    return bool(only_padding)
 
 
 def check_shape(text_config: PreTrainedConfig, quantization: TurboQuantConfig) -> None:
@@ -227,3 +260,8 @@ def check_shape(text_config: PreTrainedConfig, quantization: TurboQuantConfig) -
 def head_dim(text_config: PreTrainedConfig) -> int:
     """The model's attention head_dim."""
     return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+
+
+def kv_heads(text_config: PreTrainedConfig) -> int:
+    """The model's KV heads; as many as query heads where the config does not say (GPT-NeoX, GPT-2, OPT)."""
+    return getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads

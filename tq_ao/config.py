@@ -26,8 +26,8 @@ class LayerScheme:
 
     def __post_init__(self) -> None:
         for name, bits in (("k_bits", self.k_bits), ("v_bits", self.v_bits)):
-            if bits not in (*BITS, EXACT):
-                raise ValueError(f"expected {name} in {(*BITS, EXACT)}, got {bits!r}; choose one of those widths")
+            if type(bits) is not int or bits not in (*BITS, EXACT):
+                raise ValueError(f"expected {name} in {(*BITS, EXACT)}, an int, got {bits!r}; choose one of those")
         if (self.k_bits == EXACT) != (self.v_bits == EXACT):
             raise ValueError(
                 f"expected both or neither of k_bits, v_bits to be {EXACT}, got {self.k_bits} and {self.v_bits}; "

@@ -1,8 +1,7 @@
 """Making a transformers model use a packed cache: in `generate`, in plain calls, and across save and load."""
 
 import sys
-import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,13 +64,19 @@ class Attachment:
     def __init__(self, model_config: PreTrainedConfig, quantization: TurboQuantConfig, maps: MapSource) -> None:
         self._model_config, self.quantization, self.maps = model_config, quantization, maps
         self._last = _Slot(None)
-        self._last_device: torch.device | None = None
+        self._last_kind: tuple[torch.device, torch.dtype] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of a model go without its last cache."""
+        return self.__dict__ | {"_last": _Slot(None), "_last_kind": None}
 
     def make_cache(self, max_cache_len: int | None = None) -> TurboQuantCache:
         """A new cache: growing, or static for `max_cache_len` tokens."""
         return TurboQuantCache(self._model_config, self.quantization, self.maps, max_cache_len)
 
-    def static_cache(self, max_cache_len: int, batch_size: int, device: torch.device) -> TurboQuantCache:
+    def static_cache(
+        self, max_cache_len: int, batch_size: int, device: torch.device, dtype: torch.dtype
+    ) -> TurboQuantCache:
         """A static cache for `generate`: the last one, emptied, if it fits and nobody else kept it.
 
         The same buffers mean the same captured graphs.  "Nobody kept it" is its reference count.
@@ -82,14 +87,14 @@ class Attachment:
         if (
             alone
             and isinstance(last, TurboQuantCache)
-            and self._last_device == device
+            and self._last_kind == (device, dtype)
             and last.get_max_length() >= size
             and last.batch_size in (-1, batch_size)
         ):
             last.reset()
             return last
         new = self.make_cache(size)
-        self._last, self._last_device = _Slot(new), device
+        self._last, self._last_kind = _Slot(new), (device, dtype)
         return new
 
 
@@ -109,10 +114,15 @@ def check_supported(config: PreTrainedConfig) -> None:
         )
     if config.is_encoder_decoder:
         raise ValueError(f"{text.model_type}: expected a decoder-only model, got an encoder-decoder")
-    if head_dim(text) % 32:
+    try:
+        dim = head_dim(text)
+    except RuntimeError as error:  # transformers' configs with a value for each layer
         raise ValueError(
-            f"{text.model_type}: expected a head_dim that is a multiple of 32, got {head_dim(text)}; "
-            "layout v2 has no other shapes"
+            f"{text.model_type}: expected one head_dim in all layers, got several; a schedule packs layers of one shape"
+        ) from error
+    if dim % 32:
+        raise ValueError(
+            f"{text.model_type}: expected a head_dim that is a multiple of 32, got {dim}; layout v2 has no other shapes"
         )
     if not quantizable_layers(config):
         windows, why = sliding_windows(config), "no layer keeps all its keys and values"
@@ -159,10 +169,15 @@ def attach(
         )
     if calibrated:
         resolved = replace(resolved, transforms=resolved.transforms or TRANSFORMS_FILE)
-    attached = hasattr(model, "turboquant")
-    model.turboquant = Attachment(model.config, resolved, MapSource(resolved.rotation, resolved.seed, calibrated))
     attention.register()
     model.set_attn_implementation(attention.ATTENTION_NAME)
+    if model.config._attn_implementation != attention.ATTENTION_NAME:
+        raise ValueError(
+            f"{model.config.model_type}: expected a model whose attention can be exchanged through transformers' "
+            "AttentionInterface, got one with an attention of its own; it cannot read packed K and V"
+        )
+    attached = hasattr(model, "turboquant")
+    model.turboquant = Attachment(model.config, resolved, MapSource(resolved.rotation, resolved.seed, calibrated))
     existing = getattr(model.config, "quantization_config", None)
     if existing is None or isinstance(existing, TurboQuantQuantizationConfig):
         model.config.quantization_config = TurboQuantQuantizationConfig(resolved.to_scheme())
@@ -175,9 +190,9 @@ def attach(
             existing.quant_method,
         )
     if not attached:
-        model._prepare_cache_for_generation = types.MethodType(_prepare_cache_for_generation, model)
-        model.save_pretrained = types.MethodType(_save_pretrained, model)
-        model.get_decoder().register_forward_pre_hook(_before_decoder(model), with_kwargs=True)
+        model._prepare_cache_for_generation = _Method(_prepare_cache_for_generation, model)
+        model.save_pretrained = _Method(_save_pretrained, model)
+        model.get_decoder().register_forward_pre_hook(_BeforeDecoder(model), with_kwargs=True)
     return model
 
 
@@ -272,6 +287,16 @@ def load_transforms(path: str | Path) -> dict[int, LayerMaps]:
         raise ValueError(f"{path}: not a transforms file of this version ({error}); convert the model again") from error
 
 
+class _Method:
+    """A function in place of a model's method.  (A bound method would be looked up in the class when unpickled.)"""
+
+    def __init__(self, function: Callable, model: PreTrainedModel) -> None:
+        self.function, self.model = function, model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.model, *args, **kwargs)
+
+
 def _save_pretrained(self: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
     attached = self.turboquant
     if attached.maps.calibrated:
@@ -304,26 +329,31 @@ def _prepare_cache_for_generation(
             self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         return
-    if asked == "static" or (asked is None and self.device.type == "cuda"):
-        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        cache = self.turboquant.static_cache(max_cache_length, rows, self.device)
-    else:
-        cache = self.turboquant.make_cache()
     guessed = generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION
-    if guessed and asked is None and not cache.is_croppable:  # static sliding layers take no token back
+    # Guesses reach beyond the last token and are taken back, which static sliding layers cannot do: a growing cache.
+    if asked == "static" or (asked is None and self.device.type == "cuda" and not guessed):
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        wanted = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+        if guessed:
+            wanted += max(generation_config.prompt_lookup_num_tokens or 0, generation_config.num_assistant_tokens or 0)
+        cache = self.turboquant.static_cache(wanted, rows, self.device, self.dtype)
+    else:
         cache = self.turboquant.make_cache()
     if generation_config.is_assistant:  # its guesses are taken back: sliding layers must keep what has left them
         cache.activate_past_recording()
     model_kwargs[GENERATE_CACHE] = cache
 
 
-def _before_decoder(model: PreTrainedModel) -> Any:
+class _BeforeDecoder:
     """Pre-hook of the decoder: a packed cache for plain calls, and each row's padding for the cache."""
-    name = cache_argument(model.get_decoder())
-    others = [other for other in CACHE_NAMES if other != name]
 
-    def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        for other in others:  # a forward would take it for one more keyword and never read it
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.name = model, cache_argument(model.get_decoder())
+        self.others = [other for other in CACHE_NAMES if other != self.name]
+
+    def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        name = self.name
+        for other in self.others:  # a forward would take it for one more keyword and never read it
             if other in kwargs and (given := kwargs.pop(other)) is not None:
                 if kwargs.get(name) is not None:
                     raise ValueError(f"expected one cache, got both {name!r} and {other!r}; pass {name!r} only")
@@ -331,13 +361,17 @@ def _before_decoder(model: PreTrainedModel) -> Any:
         cache = kwargs.get(name)
         use_cache = kwargs.get("use_cache")
         use_cache = module.config.use_cache if use_cache is None else use_cache
-        if cache is None and use_cache and not torch.is_grad_enabled():
-            cache = kwargs[name] = model.turboquant.make_cache()
+        if cache is None and use_cache:
+            if not torch.is_grad_enabled():
+                cache = kwargs[name] = self.model.turboquant.make_cache()
+            elif not module.training and not torch.compiler.is_compiling():
+                logger.warning_once(
+                    "this call gets an exact KV cache, not a packed one: gradients are enabled and codes have none; "
+                    "call the model under torch.no_grad()"
+                )
         if isinstance(cache, TurboQuantCache):
             tokens = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
             tokens = args[0] if tokens is None else tokens
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
             cache.observe_mask(mask, tokens.shape[1])
         return args, kwargs
-
-    return hook

@@ -15,12 +15,12 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin, TorchAoConfig
+from transformers.utils import quantization_config as of_transformers
 
 from tq_ao.config import FORMAT, FORMAT_VERSION, TurboQuantConfig
 
 
-class TurboQuantQuantizationConfig(QuantizationConfigMixin):
+class TurboQuantQuantizationConfig(of_transformers.QuantizationConfigMixin):
     """The `quantization_config` of a converted checkpoint.
 
     Args:
@@ -76,8 +76,11 @@ class TurboQuantHfQuantizer(HfQuantizer):
         return True
 
 
-class TorchAoWithKVConfig(TorchAoConfig):
-    """torchao's weight quantisation with our `kv_cache_scheme` beside it in the same dict."""
+class TorchAoConfig(of_transformers.TorchAoConfig):
+    """torchao's weight quantisation with our `kv_cache_scheme` beside it in the same dict.
+
+    transformers compares the names of classes: a caller's `quantization_config=TorchAoConfig(...)` must meet its own.
+    """
 
     def __init__(self, *args: Any, kv_cache_scheme: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -86,7 +89,7 @@ class TorchAoWithKVConfig(TorchAoConfig):
             self.kv_cache_scheme = kv_cache_scheme
 
 
-class TorchAoWithKVHfQuantizer(TorchAoHfQuantizer):
+class TorchAoHfQuantizerWithKV(TorchAoHfQuantizer):
     """torchao's quantizer; attaches the packed cache when the checkpoint carries a `kv_cache_scheme`."""
 
     _folder: Path | None = None
@@ -113,5 +116,5 @@ def _folder_of(checkpoint_files: Any) -> Path | None:
 if FORMAT not in AUTO_QUANTIZER_MAPPING:
     register_quantization_config(FORMAT)(TurboQuantQuantizationConfig)
     register_quantizer(FORMAT)(TurboQuantHfQuantizer)
-    AUTO_QUANTIZATION_CONFIG_MAPPING["torchao"] = TorchAoWithKVConfig
-    AUTO_QUANTIZER_MAPPING["torchao"] = TorchAoWithKVHfQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING["torchao"] = TorchAoConfig
+    AUTO_QUANTIZER_MAPPING["torchao"] = TorchAoHfQuantizerWithKV

@@ -32,7 +32,6 @@ class Evaluator:
     ) -> None:
         self.model, self.windows, self.window, self.sinks = model, windows, window, sinks
         self.positions = torch.arange(min(skip, windows.shape[1] - 1), windows.shape[1], stride)
-        self.evaluations = 0
         self._exact = [self._logits(row, exact) for row in windows.split(1)]
 
     @torch.no_grad()
@@ -43,7 +42,6 @@ class Evaluator:
 
     def measure(self, attention: Handler) -> Metrics:
         """Metrics of the model with another attention function."""
-        self.evaluations += 1
         pairs = zip(self.windows.split(1), self._exact, strict=True)
         return summarize(
             [score(reference, self._logits(ids, attention), ids, self.positions) for ids, reference in pairs]

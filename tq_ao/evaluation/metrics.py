@@ -3,7 +3,7 @@
 Standard errors are over chunks of text, not tokens: errors of neighbouring tokens are correlated.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -33,10 +33,6 @@ class Metrics:
     top1_stderr: float
     tokens: int
     chunks: int
-
-    def as_dict(self) -> dict[str, float | int]:
-        """Plain numbers, for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

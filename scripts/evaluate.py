@@ -1,5 +1,5 @@
 """Quality experiments: `pareto` (bits against KL), `ablation`, `sensitivity` (which metric ranks layers), `retrieval`
-(facts found in long text that is packed), `report`."""
+(facts found in long text that is packed), `report` and `plot` of what they wrote."""
 
 import argparse
 import json
@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import tq_ao.quiet  # noqa: F401 - before anything imports torchao
 from tq_ao.errors import TurboQuantError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "quality.md"
+PLOT = ROOT / "docs" / "pareto.svg"
 RECIPES = ROOT / "recipes"
 
 
@@ -55,7 +58,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", type=int, nargs="+", default=[16, 12, 8, 6], help="passkey prompts of each length")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/retrieval_<model>.json")
+    for p in commands.choices.values():
+        p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in")
     commands.add_parser("report", help="rewrite the tables of docs/quality.md and recipes/README.md")
+    commands.add_parser("plot", help="redraw docs/pareto.svg")
     return top
 
 
@@ -69,16 +75,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     def say(line: str) -> None:
         print(line, flush=True)
 
+    dtype = getattr(torch, args.dtype)
+
     if args.command == "retrieval":
         from tq_ao.evaluation.retrieval_run import measure
 
         # 3 make 2 key-value prompts, and a single one has no standard error.
         if len(args.lengths) != len(args.prompts) or min(args.prompts) < 3:
             raise TurboQuantError(f"expected --prompts of at least 3 for each of {args.lengths}, got {args.prompts}")
-        return measure(args.model, args.lengths, args.prompts, text=args.text, seed=args.seed, report=say)
+        return measure(args.model, args.lengths, args.prompts, text=args.text, seed=args.seed, dtype=dtype, report=say)
     setup = prepare(
         args.model, length=args.length, calibration=args.calibration_windows, evaluation=args.windows,
         recall=getattr(args, "recall_windows", 0), text=args.text, seed=args.seed, all_layers=args.all_layers,
+        dtype=dtype,
     )  # fmt: skip
     progress = not args.quiet
     if args.command == "pareto":
@@ -104,6 +113,11 @@ def main(argv: list[str] | None = None) -> int:
         readme.write_text(recipe_table.fill(readme.read_text(encoding="utf-8"), RECIPES, RESULTS), encoding="utf-8")
         return 0
     try:
+        if args.command == "plot":
+            from tq_ao.evaluation import plot
+
+            plot.draw(plot.results(RESULTS), PLOT)
+            return 0
         result = run(args)
     except TurboQuantError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -27,7 +27,8 @@ def test_lloyd_max_rounding_is_nearest_and_least_squares(bits, rng):
     y = torch.randn(5000, 128, generator=rng) * torch.rand(5000, 1, generator=rng) * 9
     seen = lloyd_max_rounded(y, bits)
     error = ((seen - y).square().sum(-1) / y.square().sum(-1)).mean().item()
-    assert error == pytest.approx(gaussian_mse(lloyd_max(bits)), rel=0.05)
+    theory = gaussian_mse(lloyd_max(bits))  # 128 numbers of given length have shorter tails: 1 to 4 % less
+    assert 0.93 * theory < error < 1.01 * theory
     unit = y.double() / y.double().square().mean(-1, keepdim=True).sqrt()
     levels = torch.tensor(lloyd_max(bits), dtype=torch.float64)
     distance = (unit.unsqueeze(-1) - levels).abs()

@@ -122,7 +122,7 @@ def pareto(
         ours("25/50/25 by k_proj weight MSE", ranked(by_weight), setup.plain)
         ours("25/50/25 at random", shuffled(setup.plain, options.seed), setup.plain)
         ours("first and last layers protected", first_last(setup.shape, 3.0), setup.plain)
-    for bits in (2, 3, 4):
+    for bits in (2, 3, 4, 8):  # the last shows what a model in bfloat16 makes of a change of any size
         ours("uniform, calibrated", uniform(setup.shape, bits), calibrated.maps)
     tuning = None
     if options.repair_evaluations:

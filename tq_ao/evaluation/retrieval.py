@@ -31,7 +31,7 @@ class Contender:
         method: its name.
         code_bits: per value, on average.
         make: an empty packed cache; None: the exact one.
-        bfloat16: round the exact one, which is float32, to what a model in bfloat16 would hold.
+        bfloat16: round the exact one, if it is float32, to what a model in bfloat16 would hold.
     """
 
     method: str

@@ -14,7 +14,7 @@ from tq_ao.cache_layer import RING_SLACK
 from tq_ao.config import EXACT, TurboQuantConfig
 from tq_ao.evaluation.haystack import prompts
 from tq_ao.evaluation.retrieval import Contender, retrieval
-from tq_ao.evaluation.setup import provenance
+from tq_ao.evaluation.setup import name_of, provenance
 from tq_ao.models import resolve
 from tq_ao.reference import packed_tokens
 from tq_ao.rotation import MapSource
@@ -31,7 +31,9 @@ def contenders(model: PreTrainedModel) -> list[Contender]:
     """
     own = model.turboquant
     layers, window, sinks = sorted(own.quantization.layers), own.quantization.window, own.quantization.sinks
-    found = [Contender("exact", EXACT), Contender("exact, in bfloat16", EXACT, bfloat16=True)]
+    found = [Contender("exact", EXACT)]
+    if model.dtype == torch.float32:
+        found.append(Contender("exact, in bfloat16", EXACT, bfloat16=True))
     if own.maps.calibrated:
         found.append(Contender("schedule, calibrated", own.quantization.average_bits(layers), own.make_cache))
     for bits in UNIFORM:
@@ -52,6 +54,7 @@ def measure(
     *,
     text: str = "enwiki",
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Ask a model for facts in prompts of several lengths.
@@ -61,13 +64,14 @@ def measure(
         lengths: tokens of the prompts.
         counts: passkey prompts of each length, and twice as many as there are key-value prompts.
         text: what the facts are hidden in; of "enwiki" the articles that a conversion does not calibrate on.
+        dtype: to compute in, and of the exact cache.
 
     Returns:
         {model, text, versions, commit, device, window, sinks, rows}.
     """
     found, origin = resolve(name), provenance()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(found.path_or_id, dtype=torch.float32).eval().to(device)
+    model = AutoModelForCausalLM.from_pretrained(found.path_or_id, dtype=dtype).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(found.path_or_id)
     if not hasattr(model, "turboquant"):
         report(f"{found.name} is not converted: asked with uniform schedules only")
@@ -82,7 +86,7 @@ def measure(
     source = text if text == "enwiki" else Path(text).name
     return {
         "model": _base_name(Path(found.path_or_id)) or found.name,
-        "text": f"facts hidden in {source}, articles not calibrated on (seed {seed})",
+        "text": f"facts hidden in {source}, articles not calibrated on (seed {seed}), {name_of(dtype)}",
         **origin, "window": own.window, "sinks": own.sinks, "rows": rows,
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tq_ao.cache import head_dim, kv_heads, quantizable_layers
 from tq_ao.calibration.allocation import Shape
 from tq_ao.rotation import LayerMaps, MapSource
 
@@ -42,10 +43,8 @@ def plain_maps(
 ) -> dict[int, LayerMaps]:
     """The random rotations the cache gives these layers, on the model's device."""
     config = model.config.get_text_config(decoder=True)
-    heads = config.num_key_value_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     source, device = MapSource(kind, seed), next(model.parameters()).device
-    return {i: source(i, heads, dim, device) for i in layers}
+    return {i: source(i, kv_heads(config), head_dim(config), device) for i in layers}
 
 
 def prepare(
@@ -58,25 +57,26 @@ def prepare(
     text: str = "enwiki",
     seed: int = 0,
     all_layers: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Setup:
-    """Load a model in float32 (on the GPU if there is one) and cut its text.
+    """Load a model (on the GPU if there is one) and cut its text.
 
     Args:
         name: anything `tq_ao.models.resolve` knows.
         length: tokens per window.
         calibration, evaluation, recall: windows of each.
         all_layers: also quantise sliding-window layers, which the cache normally leaves to the model.
+        dtype: to compute in.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tq_ao.cache import quantizable_layers
     from tq_ao.models import resolve
     from tq_ao.recall import recall_windows
     from tq_ao.text import articles, split_articles, windows
 
     found = resolve(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(found.path_or_id, dtype=torch.float32).eval().to(device)
+    model = AutoModelForCausalLM.from_pretrained(found.path_or_id, dtype=dtype).eval().to(device)
     model.requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(found.path_or_id)
     halves = split_articles(articles(text), seed)
@@ -88,17 +88,37 @@ def prepare(
     plain = plain_maps(model, layers, seed)
     shape = Shape({i: tuple(m.key_shift.shape) for i, m in plain.items()})  # type: ignore[misc]
     source = text if text == "enwiki" else Path(text).name
-    what = f"{source}, split by article (seed {seed}), {evaluation} x {length} tokens held out"
+    what = f"{source}, split by article (seed {seed}), {evaluation} x {length} tokens held out, {name_of(dtype)}"
     return Setup(found.name, model, chosen_on, recalled, measured_on, plain, shape, what)
 
 
-def provenance() -> dict[str, Any]:
-    """Versions, commit and device, for result files."""
+def name_of(dtype: torch.dtype) -> str:
+    """Such as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def provenance(device: torch.device | None = None) -> dict[str, Any]:
+    """Versions, commit (None outside a git checkout of this package) and device, for result files.
+
+    Args:
+        device: what was measured on; None: the GPU if there is one.
+    """
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers")} | {
         "python": platform.python_version()
     }
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )  # fmt: skip
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"versions": versions, "commit": done.stdout.strip() or None, "device": device}
+    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    return {"versions": versions, "commit": _commit(), "device": name}
+
+
+def _commit() -> str | None:
+    """HEAD of the checkout this file is in; a package installed inside another project's has none."""
+    here = Path(__file__).resolve()
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD", "--show-toplevel"], cwd=here.parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        return None
+    commit, top = done.stdout.splitlines()
+    return commit if Path(top).resolve() == here.parents[2] else None

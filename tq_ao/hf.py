@@ -171,7 +171,7 @@ def attach(
         resolved = replace(resolved, transforms=resolved.transforms or TRANSFORMS_FILE)
     attention.register()
     model.set_attn_implementation(attention.ATTENTION_NAME)
-    if model.config._attn_implementation != attention.ATTENTION_NAME:
+    if model.get_decoder().config._attn_implementation != attention.ATTENTION_NAME:
         raise ValueError(
             f"{model.config.model_type}: expected a model whose attention can be exchanged through transformers' "
             "AttentionInterface, got one with an attention of its own; it cannot read packed K and V"

@@ -1,6 +1,8 @@
 """Publishing, end to end against a server on loopback; clients run in processes of their own (see hub_server)."""
 
 import hashlib
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tq_ao.errors import HubError
 from tq_ao.hub import push
-from tq_ao.model_card import model_card
+from tq_ao.model_card import SIDECAR, model_card
 
 PUSH = """
 import sys, time
@@ -54,6 +56,11 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
+def as_before(files: dict[str, str], before: dict[str, str]) -> bool:
+    """All but the card, which is published with the repository's name."""
+    return files.keys() == before.keys() and all(files[name] == before[name] for name in before if name != "README.md")
+
+
 def test_push_is_one_commit_that_loads_by_name(hub, folder, tmp_path):
     before = digest(folder)
     pushed = hub.run(PUSH, str(folder), "tester/tiny-tq3", hub.write_token)
@@ -62,7 +69,7 @@ def test_push_is_one_commit_that_loads_by_name(hub, folder, tmp_path):
     repo = hub.repos["tester/tiny-tq3"]
     assert [commit.title for commit in repo.commits] == ["the message"]
     assert not repo.private
-    assert repo.head.files == before
+    assert as_before(repo.head.files, before)
     assert digest(folder) == before
 
     loaded = hub.run(LOAD, "tester/tiny-tq3", str(tmp_path / "logits.pt"))
@@ -75,6 +82,28 @@ def test_name_without_namespace_and_logged_in_token(hub, folder):
     pushed = hub.run(PUSH, str(folder), "tiny-tq3", token=hub.write_token)
     assert pushed.returncode == 0, pushed.stderr
     assert list(hub.repos) == ["tester/tiny-tq3"]
+
+
+@pytest.mark.parametrize("repo_id", ["tiny-tq3", "tester/tiny-tq3"])
+def test_the_published_card_loads_the_published_model(hub, folder, repo_id):
+    """Whatever the folder says, which stays as it is; in one commit; with all that others wrote into the card."""
+    said = {"name": "base", "repo_id": '/some where/"out"'}
+    note = 'Compare AutoModelForCausalLM.from_pretrained("org/base").\n'
+    (folder / "README.md").write_text(model_card({"name": "base", "repo_id": "out/model"}) + note)
+    (folder / SIDECAR).write_text(json.dumps(said, indent=2))
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / ".cache" / "huggingface" / "state").write_text("of downloads")
+    before = digest(folder)
+    pushed = hub.run(PUSH, str(folder), repo_id, hub.write_token)
+    assert pushed.returncode == 0, pushed.stderr
+    (commit,) = hub.repos["tester/tiny-tq3"].commits
+    assert set(commit.files) == {name for name in before if not name.startswith(".cache")}
+    card = hub.content("tester/tiny-tq3", "README.md").decode()
+    named = re.findall(r'= (\w+)\.from_pretrained\("(.*?)"', card)
+    assert named == [(kind, "tester/tiny-tq3") for kind in ("AutoModelForCausalLM", "AutoTokenizer")]
+    assert card == model_card({"name": "base", "repo_id": "tester/tiny-tq3"}) + note
+    assert json.loads(hub.content("tester/tiny-tq3", SIDECAR)) == {**said, "repo_id": "tester/tiny-tq3"}
+    assert digest(folder) == before
 
 
 def test_second_push_adds_a_commit(hub, folder):
@@ -112,7 +141,7 @@ def test_upload_broken_off_half_way_leaves_no_commit(hub, folder):
 
     hub.break_uploads_after = None
     assert hub.run(PUSH, str(folder), "tester/tiny-tq3", hub.write_token).returncode == 0
-    assert hub.repos["tester/tiny-tq3"].head.files == before
+    assert as_before(hub.repos["tester/tiny-tq3"].head.files, before)
 
 
 def test_no_network(hub, folder):

@@ -30,6 +30,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ),
     ({"recipe", "recipe_table"}, {"yaml"}),
     ({"convert"}, TRANSFORMERS),
+    ({"convert_cli", "generate_cli"}, TRANSFORMERS | {"yaml"}),
 ]
 
 

@@ -30,8 +30,8 @@ print(tq_ao.__file__, tq_ao.__version__, len(list(files("tq_ao.recipes").iterdir
 """
 
 
-def run(*command: str, cwd: Path) -> str:
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+def run(*command: str, cwd: Path, **variables: str) -> str:
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | variables
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -101,6 +101,24 @@ def test_metadata(wheel):
 def test_wheel_installs_and_imports(wheel, tmp_path):
     install(wheel, tmp_path / "site")
     assert imported_from(tmp_path / "site", tmp_path).is_relative_to(tmp_path / "site")
+
+
+def test_commands_of_the_wheel(wheel, tmp_path):
+    """In a checkout of another project: its commit is not ours."""
+    site = tmp_path / "site"
+    install(wheel, site)
+    for command in ("tq-ao-convert", "tq-ao-generate"):
+        assert f"usage: {command} " in run(str(site / "bin" / command), "--help", cwd=tmp_path, PYTHONPATH=str(site))
+    command = [str(site / "bin" / "tq-ao-convert"), "--recipe", "gemma-2b", "--target", "none"]
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    recipe = site / "tq_ao" / "recipes" / "gemma-2b.yaml"
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {recipe}: unknown target 'none'"), done.stderr
+    run("git", "init", "-q", cwd=tmp_path)
+    run("git", "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "--allow-empty", "-m", "x", cwd=tmp_path)
+    script = "from tq_ao.evaluation import setup; print(setup.__file__, setup.provenance()['commit'])"
+    said = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(site))
+    assert said.split() == [str(site / "tq_ao" / "evaluation" / "setup.py"), "None"]
 
 
 def test_editable_install_imports_from_the_tree(tree, tmp_path):

@@ -1,6 +1,5 @@
 """Every target of every recipe fits its model's real config, and runs on a small random model of that architecture."""
 
-import importlib.util
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,22 +11,19 @@ from architectures import ARCHITECTURES, PACKED, config, small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tq_ao import TurboQuantCache, hf, recipe_table
+from tq_ao import convert_cli as script
 from tq_ao.cache import GENERATE_CACHE, head_dim, quantizable_layers
 from tq_ao.calibration.allocation import Shape, knapsack
 from tq_ao.calibration.target import LOSSES, meet
 from tq_ao.embedded import EMBEDDED
 from tq_ao.evaluation.decode_kl import prove_packed
 from tq_ao.models import ALIASES
-from tq_ao.recipe import Recipe, load, load_targets
+from tq_ao.recipe import Recipe, find, load, load_targets, read_schedule
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 TARGETS = ["2bit", "2.5bit", "3bit", "4bit", "quality-first", "memory-first"]
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-
-spec = importlib.util.spec_from_file_location("convert_script", ROOT / "scripts" / "convert.py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
 
 
 def test_the_set_is_there():
@@ -211,6 +207,41 @@ def test_mistakes_in_targets(change, target, says, tmp_path):
     path.write_text(yaml.safe_dump({key: value for key, value in data.items() if value is not None}))
     with pytest.raises(ValueError, match=f"r.yaml: {says}"):
         load(path, target)
+
+
+@pytest.mark.parametrize(
+    ("pair", "says"),
+    [
+        ([3.0, 2], r"got \[3.0, 2\] \(expected k_bits"),
+        ([3, 5], r"got \[3, 5\] \(expected v_bits"),
+        ([3], r"got \[3\] \(not enough values"),
+        (3, r"got 3 \(cannot unpack"),
+        ({"k_bits": 3}, "got {'k_bits': 3} .'v_bits'"),
+    ],
+)
+def test_mistakes_in_schedules(pair, says, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({"model": "m", "schedule": {0: [4, 4], 1: pair}}))
+    with pytest.raises(ValueError, match=rf"r.yaml: expected layer 1: \[k_bits, v_bits\], {says}"):
+        load(path)
+    with pytest.raises(ValueError, match="expected layer x"):
+        read_schedule({"x": [3, 3]})
+
+
+def test_a_recipe_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert [find(path.stem).resolve() for path in RECIPES] == RECIPES
+    found = script.settings(script.parse(["--recipe", "gemma-2b", "--target", "memory-first"]))
+    assert found == load(ROOT / "recipes" / "gemma-2b.yaml", "memory-first")
+    (tmp_path / "gemma-2b").mkdir()  # a model
+    assert script.settings(script.parse(["--recipe", "gemma-2b"])) == load(ROOT / "recipes" / "gemma-2b.yaml")
+    (tmp_path / "gemma-3-1b").write_text("model: mine\n")
+    assert script.settings(script.parse(["--recipe", "gemma-3-1b"])).model == "mine", "a path wins"
+    for name in ("gemma-2c", "recipes/Gemma-2B.yaml"):
+        assert script.main(["--recipe", name]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and f"got '{name}' (near: gemma-2b" in said
+    assert script.main(["--recipe", "zzz"]) == 1 and ", ".join(path.stem for path in RECIPES) in capsys.readouterr().err
 
 
 def test_a_target_needs_a_recipe_that_has_it(tmp_path, capsys):

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from tq_ao import __version__, hf
-from tq_ao.cache import GENERATE_CACHE, TurboQuantCache, head_dim, longest_text, quantizable_layers
+from tq_ao.cache import GENERATE_CACHE, TurboQuantCache, head_dim, kv_heads, longest_text, quantizable_layers
 from tq_ao.calibration.allocation import MIB, Memory
 from tq_ao.calibration.calibrate import calibrate
 from tq_ao.calibration.target import LOSSES, losses, missed
@@ -31,8 +31,9 @@ from tq_ao.codebook import BITS
 from tq_ao.config import FORMAT, TRANSFORMS_FILE, LayerScheme, TurboQuantConfig
 from tq_ao.errors import ModelError, TextError
 from tq_ao.evaluation.decode_kl import evaluate_caches, prove_packed
+from tq_ao.evaluation.setup import name_of, provenance
 from tq_ao.footprint import count, memory_budget
-from tq_ao.model_card import model_card
+from tq_ao.model_card import CARD, SIDECAR, model_card
 from tq_ao.models import ResolvedModel, resolve
 from tq_ao.quantizer import TurboQuantQuantizationConfig
 from tq_ao.recall import recall_windows
@@ -40,7 +41,6 @@ from tq_ao.recipe import UNIFORM, Recipe
 from tq_ao.rotation import LayerMaps, MapSource
 from tq_ao.text import articles, split_articles, windows
 
-SIDECAR = "tq_ao_config.json"
 SAMPLE_PROMPT, SAMPLE_TOKENS = 256, 48
 
 
@@ -80,6 +80,7 @@ def convert(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     command: str = "",
+    repo_id: str | None = None,
     progress: bool = False,
     say: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
@@ -91,6 +92,7 @@ def convert(
         token: Hub token for gated and private models.
         device, dtype: to calibrate on; default CUDA and bfloat16 where there is a GPU, else CPU and float32.
         command: recorded in the model card.
+        repo_id: where it is to be published, which the card's example loads; None: `output`.
         progress: tqdm bars.  say: receives one-line messages.
 
     Returns:
@@ -106,7 +108,7 @@ def convert(
     job = load(recipe, token=token, device=device, dtype=dtype, say=say)
     choose(job, journal=journal_path(output), progress=progress, say=say)
     verify(job, progress=progress, say=say)
-    job.report.update(command=command, seconds=round(time.monotonic() - began, 1))
+    job.report.update(repo_id=repo_id or output.as_posix(), command=command, seconds=round(time.monotonic() - began, 1))
     write(job, output)
     journal_path(output).unlink(missing_ok=True)
     say(f"written to {output}")
@@ -211,7 +213,7 @@ def choose(job: Conversion, *, journal: Path | None = None, progress: bool = Fal
         job.schedule = dict.fromkeys(layers, (scheme.k_bits, scheme.v_bits))
     else:
         config = job.model.config.get_text_config(decoder=True)
-        source, heads = MapSource(recipe.rotation, recipe.seed), config.num_key_value_heads
+        source, heads = MapSource(recipe.rotation, recipe.seed), kv_heads(config)
         plain = {i: source(i, heads, head_dim(config), torch.device("cpu")) for i in layers}
         context = job.report["context"] = context_of(recipe, config)
         result = calibrate(
@@ -284,7 +286,7 @@ def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None
     if recipe.schedule != "uniform":
         makers["uniform"] = lambda: TurboQuantCache(config, uniform, plain)
     measured = evaluate_caches(job.model, job.verification, makers, progress=progress)
-    fell_back = recipe.schedule == "auto" and measured["chosen"].kl >= measured["uniform"].kl
+    fell_back = recipe.schedule == "auto" and not measured["chosen"].kl < measured["uniform"].kl  # NaN loses
     if fell_back:
         say(
             f"the measured schedule (KL {measured['chosen'].kl:.5f}) does not beat uniform {_name(base)} "
@@ -307,7 +309,8 @@ def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None
         {"layer": i, "k_bits": k, "v_bits": v, "sensitivity": _sensitivity(table, i, k, v)}
         for i, (k, v) in sorted(job.schedule.items())
     ]
-    size = _bytes_per_token(job, prove_packed(cache))
+    size, origin = _bytes_per_token(job, prove_packed(cache)), provenance(job.model.device)
+    origin["versions"] = {"tq_ao": __version__, **origin["versions"]}
     job.report.update(
         name=job.source.name, base_model=job.source.base_model, license=job.source.license, schedule=rows,
         average_bits=chosen.average_bits(layers), stored_bits=16 * size["packed"] / size["bfloat16"], head_dim=dim,
@@ -318,8 +321,7 @@ def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None
         window=recipe.window, sinks=recipe.sinks, fell_back=fell_back, memory=recipe.memory,
         **{name: getattr(recipe, name) for name in LOSSES},
         calibrated_maps=job.maps is not None, sample=sample,
-        versions={"tq_ao": __version__, "torch": torch.__version__},
-        bytes_per_token=size,
+        bytes_per_token=size, **origin, dtype=name_of(job.model.dtype),
     )  # fmt: skip
     if job.memory is not None:
         job.report["cache"] = {"tokens": hf.static_length(job.report["context"]), "bytes": cache_bytes(job)}
@@ -343,7 +345,7 @@ def _sensitivity(table: Mapping[str, float], layer: int, k_bits: int, v_bits: in
 
 def _bytes_per_token(job: Conversion, stored_bits: float) -> dict[str, float]:
     config = job.model.config.get_text_config(decoder=True)
-    values = 2 * config.num_key_value_heads * head_dim(config)  # of one layer
+    values = 2 * kv_heads(config) * head_dim(config)  # of one layer
     exact = sum(LayerScheme(*pair).exact for pair in job.schedule.values())
     packed = stored_bits * (len(job.schedule) - exact) + 16.0 * exact
     return {"bfloat16": 2.0 * values * len(job.schedule), "packed": packed * values / 8}
@@ -364,7 +366,7 @@ def write(job: Conversion, output: Path) -> None:
     """Write the checkpoint beside `output`, then rename it into place."""
     part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
     try:
-        ours_to_write = ("README.md", "config.json", "recipe.yaml", SIDECAR, TRANSFORMS_FILE)
+        ours_to_write = (CARD, "config.json", "recipe.yaml", SIDECAR, TRANSFORMS_FILE)
         for file in sorted(job.folder.iterdir()):
             if file.is_file() and file.name not in ours_to_write and not file.name.startswith("."):
                 shutil.copyfile(file, part / file.name)
@@ -381,7 +383,7 @@ def write(job: Conversion, output: Path) -> None:
         config["quantization_config"] = ours
         _dump(part / SIDECAR, job.report)
         (part / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
-        (part / "README.md").write_text(model_card(job.report), encoding="utf-8")
+        (part / CARD).write_text(model_card(job.report), encoding="utf-8")
         _dump(part / "config.json", config)  # last: until now nothing here loads, whatever interrupts
         part.chmod(0o755)
         if output.exists():

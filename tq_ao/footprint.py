@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedConfig
 
-from tq_ao.cache import TurboQuantCache, head_dim, quantizable_layers
+from tq_ao.cache import TurboQuantCache, head_dim, kv_heads, quantizable_layers
 from tq_ao.cache_layer import TurboQuantLayer
 from tq_ao.calibration.allocation import Memory, offered, rounded_up, smallest
 from tq_ao.codebook import BITS
@@ -30,7 +30,7 @@ def count(cache: TurboQuantCache, config: PreTrainedConfig) -> list[dict[str, in
         ValueError: a layer that allocates only what it is given (linear attention, for one).
     """
     text = config.get_text_config(decoder=True)
-    heads, meta = text.num_key_value_heads, torch.device("meta")
+    heads, meta = kv_heads(text), torch.device("meta")
     cache.early_initialization(1, heads, head_dim(text), torch.bfloat16, meta)
     if late := [i for i, layer in enumerate(cache.layers) if not getattr(layer, "is_initialized", False)]:
         kinds = ", ".join(sorted({type(cache.layers[i]).__name__ for i in late}))
@@ -63,7 +63,7 @@ def memory_budget(
         ValueError: too small a budget, one that the exact cache fits, or see `count`.
     """
     text = config.get_text_config(decoder=True)
-    layers, heads, dim = quantizable_layers(config), text.num_key_value_heads, head_dim(text)
+    layers, heads, dim = quantizable_layers(config), kv_heads(text), head_dim(text)
     packed, exact = (TurboQuantConfig(bits=bits, window=window, sinks=sinks) for bits in (BITS[0], EXACT))
     cache = TurboQuantCache(config, packed, max_cache_len=tokens)
     parts = count(cache, config)

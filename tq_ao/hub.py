@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tq_ao.errors import HubError
+from tq_ao.model_card import published
 
 
 def push(
     folder: str | Path, repo_id: str, private: bool = False, token: str | None = None, message: str | None = None
 ) -> str:
     """Upload a folder to the Hub as one commit; the repository is created if there is none.
+
+    What is published names itself: the card's example loads the full id, wherever the folder was made.
 
     Args:
         folder: a converted model; it is read, never changed.
@@ -28,7 +31,8 @@ def push(
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise HubError(f"expected the folder of a converted model, got {folder} without config.json: convert first")
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
     retry = f"{folder} is complete; to retry: hf upload {repo_id} {folder}"
     if not (token or get_token()):
@@ -37,9 +41,14 @@ def push(
     api = HfApi(token=token, library_name="tq_ao")
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=url.repo_id,
-            folder_path=folder,
+        renamed = published(folder, url.repo_id)
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        api.create_commit(  # upload_folder makes several commits of a large folder
+            url.repo_id,
+            [
+                CommitOperationAdd(name, renamed.get(name, files[name]))
+                for name in filter_repo_objects(files, ignore_patterns=DEFAULT_IGNORE_PATTERNS)
+            ],
             commit_message=message or "Upload model with a packed TurboQuant KV cache",
         )
     except Exception as error:  # whatever it was, the user needs to know that the output is safe

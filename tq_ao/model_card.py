@@ -2,11 +2,17 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 TAGS = ["turboquant", "kv-cache", "tq_ao", "torchao"]
+CARD, SIDECAR = "README.md", "tq_ao_config.json"  # the card, and the report it is made of
+_WHERE = {  # what says where the model is: `_load`'s example, and the report's repo_id
+    CARD: re.compile(rb'^((?:model|tokenizer) = Auto\w+\.from_pretrained\(")[^"\n]*', re.M),
+    SIDECAR: re.compile(rb'^(  "repo_id": ")(?:[^"\\\n]|\\.)*', re.M),
+}
 
 
 def model_card(report: Mapping[str, Any]) -> str:
@@ -32,6 +38,16 @@ def model_card(report: Mapping[str, Any]) -> str:
     front = yaml.safe_dump(_front_matter(report), sort_keys=False, allow_unicode=True)
     sections = [_intro(report), _load(report), _measured(report), _schedule(report), _sample(report), _made(report)]
     return f"---\n{front}---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
+
+
+def published(folder: Path, repo_id: str) -> dict[str, bytes]:
+    """The card and the report of a converted folder, if they are there, as its repository on the Hub is to have them.
+
+    Returns:
+        File name -> content with `repo_id` as where the model is; all else as it is.
+    """
+    found = {name: folder / name for name in _WHERE if (folder / name).is_file()}
+    return {name: _WHERE[name].sub(rb"\g<1>" + repo_id.encode(), path.read_bytes()) for name, path in found.items()}
 
 
 def _front_matter(report: Mapping[str, Any]) -> dict[str, Any]:

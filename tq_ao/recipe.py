@@ -3,6 +3,7 @@
 A file may hold several targets of one model: settings they share, and under `targets` what each one changes.
 """
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from tq_ao.codebook import BITS
 from tq_ao.config import LayerScheme, TurboQuantConfig
 
 # Uniform schedules, ascending: K takes the larger half.
+SHIPPED = Path(__file__).with_name("recipes")
 UNIFORM = tuple(LayerScheme(k, v) for k in BITS for v in BITS if 0 <= k - v <= 1)
 
 
@@ -167,6 +169,25 @@ def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
+def find(name: str | Path) -> Path:
+    """The file of a recipe: a path, or the name of a recipe that comes with the package.
+
+    Raises:
+        ValueError: neither; names that are near.
+    """
+    path = Path(name)
+    if path.is_dir() or not path.exists():  # a model's folder may have the name of its recipe
+        shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
+        if str(name) in shipped:
+            return shipped[str(name)]
+        near = difflib.get_close_matches(path.name.removesuffix(".yaml").lower(), shipped, n=3, cutoff=0.5)
+        raise ValueError(
+            f"expected the path of a recipe or the name of one that comes with tq_ao, got {str(name)!r} "
+            f"(near: {', '.join(near or shipped)})"
+        )
+    return path
+
+
 def load(path: str | Path, target: str | None = None) -> Recipe:
     """Read a recipe.
 
@@ -266,10 +287,17 @@ def from_mapping(data: Mapping[str, Any]) -> Recipe:
 
 
 def read_schedule(data: Mapping[Any, Any]) -> dict[int, tuple[int, int]]:
-    """Layer index -> (k_bits, v_bits) from {"0": [4, 3], ...} or {"0": {"k_bits": 4, "v_bits": 3}, ...}."""
+    """Layer index -> (k_bits, v_bits) from {"0": [4, 3], ...} or {"0": {"k_bits": 4, "v_bits": 3}, ...}.
+
+    Raises:
+        ValueError: an entry of another form, or widths that LayerScheme refuses.
+    """
     schedule = {}
     for layer, pair in data.items():
-        k, v = (pair["k_bits"], pair["v_bits"]) if isinstance(pair, Mapping) else pair
-        schedule[int(layer)] = (k, v)
-        LayerScheme(k, v)
+        try:
+            k, v = (pair["k_bits"], pair["v_bits"]) if isinstance(pair, Mapping) else pair
+            LayerScheme(k, v)
+            schedule[int(layer)] = (k, v)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"expected layer {layer}: [k_bits, v_bits], got {pair!r} ({error})") from error
     return schedule

@@ -5,9 +5,12 @@ import math
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPTBigCodeConfig, GPTNeoXConfig, OPTConfig, PhiConfig
 
+from tq_ao.calibration.calibrate import calibrate, collect
 from tq_ao.calibration.capture import exact, intercept, trace, window_start
 from tq_ao.calibration.statistics import LayerStatistics, accumulate, pair_weights
+from tq_ao.evaluation.setup import plain_maps
 
 
 @pytest.fixture
@@ -120,3 +123,42 @@ def test_statistics_leave_out_sinks_and_recent_tokens(ids):
         assert statistics.moments["v", weighting].mean().abs().max() < 100
     assert (statistics.moments["k", "tokens"].weight <= 2 * 46).all()
     assert (statistics.moments["k", "tokens"].weight > 2 * 30).all()
+
+
+SMALL = {"vocab_size": 97, "hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2, "pad_token_id": 0}
+GPT2 = {"vocab_size": 97, "n_embd": 128, "n_head": 4, "n_layer": 2, "bos_token_id": 1, "eos_token_id": 2}
+OTHERS = {
+    "phi": (PhiConfig(**SMALL, num_key_value_heads=2, intermediate_size=96), "self_attn.dense"),
+    "gpt_neox": (GPTNeoXConfig(**SMALL, intermediate_size=96), "attention.dense"),
+    "opt": (OPTConfig(**SMALL, ffn_dim=96, word_embed_proj_dim=128), "self_attn.out_proj"),
+    "gpt2": (GPT2Config(**GPT2), "attn.c_proj"),
+    "gpt_bigcode": (GPTBigCodeConfig(**GPT2), "attn.c_proj"),
+    "llama": (tiny.config("llama"), "self_attn.o_proj"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@torch.no_grad()
+def test_output_projections_are_found_by_any_of_their_names(kind, ids):
+    config, name = OTHERS[kind]
+    model = AutoModelForCausalLM.from_config(config).eval()
+    (projection,) = (module for path, module in model.named_modules() if path.endswith(f"1.{name}"))
+    w = (projection(torch.eye(128)) - projection(torch.zeros(128))).double()  # [Hq * D, hidden]
+    heads = model.config.num_key_value_heads if hasattr(model.config, "num_key_value_heads") else 4
+    rows = w.view(heads, -1, 32, w.shape[-1])  # [H, G, D, hidden]
+    found = collect(model, ids[:1], [1], window=10, sinks=2, seed=0, gradient=False)[1].readout
+    torch.testing.assert_close(found, (rows @ rows.mT).sum(1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_without_an_output_projection_no_variant_reads_through_it(hidden, rng):
+    model = AutoModelForCausalLM.from_config(OTHERS["phi"][0]).eval()
+    if hidden:
+        attention = model.model.layers[1].self_attn
+        attention.dense = torch.nn.Sequential(attention.dense)
+    windows = torch.randint(2, 97, (3, 100), generator=rng)
+    result = calibrate(model, windows, plain_maps(model, [0, 1]), bits=3, window=16, sinks=2, maps="auto")
+    scored = [{name.split("/")[1] for name in c.scores if name.startswith("value/attention")} for c in result.choices]
+    both = {"attention-centred", "attention-feedback"}
+    assert scored == [both, set() if hidden else both]
+    assert all("key/attention-centred/3" in c.scores and "value/fisher-centred/3" in c.scores for c in result.choices)

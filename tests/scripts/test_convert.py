@@ -1,6 +1,5 @@
-"""scripts/convert.py on a small random model: what it writes, what it says, and how it fails."""
+"""The command that converts, on small random models: what it writes, what it says, and how it fails."""
 
-import importlib.util
 import json
 import os
 import re
@@ -16,22 +15,30 @@ import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    OPTConfig,
+    PhiConfig,
+)
 
 import tq_ao.convert
-from tq_ao import footprint
+from tq_ao import convert_cli as script
+from tq_ao import footprint, generate_cli
 from tq_ao.calibration.calibrate import CalibrationResult
+from tq_ao.calibration.transforms import VALUE_CHOICES
 from tq_ao.codebook import BITS
 from tq_ao.config import TRANSFORMS_FILE, LayerScheme
 from tq_ao.evaluation.evaluator import Evaluator
+from tq_ao.evaluation.setup import provenance
 from tq_ao.hf import static_length
 from tq_ao.recipe import Recipe, load
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("convert_script", ROOT / "scripts" / "convert.py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
-
 FAST = "--max-seq-length 256 --calibration-windows 3 --verification-windows 2 --window 32 --bits 3".split()
 
 
@@ -463,6 +470,89 @@ def test_an_existing_output_is_not_overwritten(base, text, tmp_path, capsys):
     assert code == 1 and "exists" in capsys.readouterr().err and (out / "precious").read_text() == "x"
 
 
+def test_a_schedule_of_fractions_of_bits_gets_one_line(base, text, tmp_path, capsys):
+    path = tmp_path / "schedule.yaml"
+    path.write_text(yaml.safe_dump({0: [3.0, 2]}))
+    code, out = run(base, text, tmp_path, "--schedule", str(path))
+    said = capsys.readouterr().err
+    assert code == 1 and not out.exists() and said.count("\n") == 1
+    assert said.startswith(f"error: {path}: expected") and "got [3.0, 2]" in said
+
+
+def test_a_schedule_that_measures_nan_falls_back(base, text, tmp_path, monkeypatch):
+    real = tq_ao.convert.evaluate_caches
+
+    def measure(*args, **kwargs):
+        found = real(*args, **kwargs)
+        return {**found, "chosen": replace(found["chosen"], kl=float("nan"))}
+
+    monkeypatch.setattr(tq_ao.convert, "evaluate_caches", measure)
+    assert run(base, text, tmp_path)[0] == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["fell_back"] and report["kl"] == report["baseline_uniform"]["kl"]
+
+
+SMALL = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 1024}
+OTHERS = {
+    "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=96),
+    "gpt2": GPT2Config(n_embd=64, n_head=2, n_layer=2),
+    "opt": OPTConfig(**SMALL, ffn_dim=96, word_embed_proj_dim=64),
+    "phi": PhiConfig(**SMALL, intermediate_size=96),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_whose_configs_and_projections_have_other_names(kind, smollm2, text, tmp_path, capsys):
+    """No num_key_value_heads, no o_proj."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    config = OTHERS[kind]
+    config.update({"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    for schedule in ("uniform", "auto") if kind == "gpt_neox" else ("auto",):
+        out = tmp_path / schedule
+        code, _ = run(tmp_path / "small", text, tmp_path, "--schedule", schedule, "--output-dir", str(out))
+        report = json.loads((tmp_path / "r.json").read_text())
+        assert code == 0 and report["bytes_per_token"]["bfloat16"] == 2 * 2 * 2 * 64, "K and V, layers, bytes"
+    variants = {value for _, value in report["variants"].values()}
+    assert len(report["variants"]) == 2 and variants <= {*VALUE_CHOICES}
+    capsys.readouterr()
+    flags = ["--prompt", "the sea and the road " * 20, "--max-new-tokens", "4", "--device", "cpu"]
+    assert generate_cli.main([str(out), *flags]) == 0
+    assert "2 packed layers" in capsys.readouterr().out
+
+
+def test_the_report_says_what_it_was_made_with(base, text, tmp_path):
+    assert run(base, text, tmp_path, "--schedule", "uniform", "--dtype", "bfloat16", "--device", "cpu")[0] == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert {"tq_ao", "torch", "transformers", "python"} <= set(report["versions"])
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert report["commit"] == (git.stdout.strip() if git.returncode == 0 and (ROOT / ".git").exists() else None)
+    assert report["dtype"] == "bfloat16" and re.fullmatch(r"CPU, \d+ threads", report["device"])
+
+
+def test_a_machine_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert provenance()["commit"] is None
+
+
+def test_the_card_says_how_it_was_made_and_what_to_load(base, text, tmp_path):
+    where = ["--calibration", str(text), "--schedule", "uniform", *FAST]
+    out = tmp_path / "by script"
+    command = [sys.executable, str(ROOT / "scripts" / "convert.py"), str(base), *where, "--output-dir", str(out)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    card = (out / "README.md").read_text()
+    assert f"```\npython scripts/convert.py {base} " in card and f'from_pretrained("{out}"' in card
+    assert AutoConfig.from_pretrained(re.search(r'from_pretrained\("(.*?)"', card)[1]).model_type == "llama"
+    out = tmp_path / "out"
+    assert script.main([str(base), *where, "--output-dir", str(out), "--push-to-hub", "me/x"]) == 3, "no Hub here"
+    card = (out / "README.md").read_text()
+    assert f"```\ntq-ao-convert {base} " in card
+    assert card.count('.from_pretrained("me/x"') == card.count(".from_pretrained(") == 2
+    assert json.loads((out / "tq_ao_config.json").read_text())["repo_id"] == "me/x"
+
+
 def test_an_interrupted_run_leaves_nothing_that_loads(base, text, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "scripts" / "convert.py"), str(base), "--calibration", str(text)]
@@ -481,3 +571,11 @@ def test_an_interrupted_run_leaves_nothing_that_loads(base, text, tmp_path):
 def test_the_token_is_not_published():
     assert script.hide_token(["m", "--token", "hf_secret", "--private"]) == ["m", "--token", "...", "--private"]
     assert script.hide_token(["--token=hf_secret"]) == ["--token=..."]
+
+
+@pytest.mark.parametrize("flags", [["--tok", "hf_secret"], ["--tok=hf_secret"]])
+def test_flags_are_not_abbreviated(flags, capsys):
+    """The command is published, and `hide_token` knows the whole name only."""
+    with pytest.raises(SystemExit) as stopped:
+        script.parse(["m", *flags])
+    assert stopped.value.code == 2 and "unrecognized arguments: --tok" in capsys.readouterr().err

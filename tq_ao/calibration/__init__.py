@@ -6,12 +6,12 @@
     result = calibrate(model, calibration_windows, layers, bits=3.0, window=128, sinks=4,
                        # or, instead of bits, memory=footprint.memory_budget(...) and widths=(1, 2, 3, 4, 8)
                        maps="auto",                     # or "plain": TurboQuant's rotations, schedule only
-                       verification=held_out_windows,   # joint check; falls back to uniform if it does not win
                        repair_evaluations=0, journal=path, seed=0, progress=True, report=print)
     result.schedule   {layer: (k_bits, v_bits)}         result.maps  {layer: LayerMaps} or None (plain)
-    result.table      {(layer, "key"|"value", bits): KL}  result.chosen / .uniform  Metrics, .fell_back
+    result.table      {(layer, "key"|"value", bits): KL}
 
 Steps, each a function of its own: `trace` (capture.py) runs a window and returns q, k, v, output and gradient of
 every layer; `collect` gathers statistics; `choose_variants` picks maps; `sensitivity` scores layers; `knapsack`
-allocates; `repair` improves by measured swaps; `evaluation.evaluator.Evaluator` measures.
+allocates; `repair` improves by measured swaps; `evaluation.evaluator.Evaluator` measures.  That
+the result beats a uniform schedule on other text is for the caller to see: `tq_ao.convert` measures it.
 """

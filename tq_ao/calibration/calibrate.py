@@ -1,14 +1,14 @@
-"""The whole calibration: statistics, maps per layer, sensitivities, bits per layer, measured check and repair."""
+"""The whole calibration: statistics, maps per layer, sensitivities, bits per layer, measured repair."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from tq_ao.calibration.allocation import Memory, Schedule, Shape, additive_cost, knapsack, offered, smallest, uniform
+from tq_ao.calibration.allocation import Memory, Schedule, Shape, additive_cost, knapsack, offered, smallest
 from tq_ao.calibration.capture import trace, window_start
 from tq_ao.calibration.gain import compensated
 from tq_ao.calibration.journal import Journal
@@ -20,7 +20,7 @@ from tq_ao.calibration.transforms import KEY_CHOICES, VALUE_CHOICES
 from tq_ao.calibration.variants import Choice, choose_variants
 from tq_ao.config import EXACT
 from tq_ao.evaluation.evaluator import Evaluator
-from tq_ao.evaluation.metrics import SKIP, Metrics
+from tq_ao.evaluation.metrics import SKIP
 from tq_ao.evaluation.simulate import LayerPlan
 from tq_ao.rotation import LayerMaps
 
@@ -36,9 +36,6 @@ class CalibrationResult:
         table: (layer, "key" | "value", bits) -> estimated KL in nats.
         variants: layer -> (key variant, value variant), empty with plain maps.
         average_bits: code bits per value of `schedule`.
-        chosen, uniform: measured Metrics on `verification` windows of the schedule and of the widest uniform schedule
-            within the budget with plain maps, or None if verification was switched off.
-        fell_back: the uniform schedule won the measurement and was taken instead.
         repair: what measured swaps changed, or None.
         choices: every layer's variants with their scores, empty with plain maps.
     """
@@ -48,9 +45,6 @@ class CalibrationResult:
     table: Table
     variants: dict[int, tuple[str, str]]
     average_bits: float
-    chosen: Metrics | None = None
-    uniform: Metrics | None = None
-    fell_back: bool = False
     repair: Repair | None = None
     choices: list[Choice] = field(default_factory=list)
 
@@ -69,7 +63,6 @@ def calibrate(
     sinks: int = 4,
     maps: Literal["plain", "auto"] = "auto",
     metric: Metric = "taylor",
-    verification: torch.Tensor | None = None,
     repair_evaluations: int = 0,
     stride: int = 2,
     context: int = 0,
@@ -95,7 +88,6 @@ def calibrate(
         widths: code widths on offer.
         maps: "plain" keeps `layers`' maps; "auto" calibrates and chooses a variant per layer.
         metric: sensitivity the allocation uses.
-        verification: int64 [m, N] text not in `windows`; the schedule must beat uniform there or is dropped for it.
         repair_evaluations: measured swaps to try, on the sensitivity windows.
         stride: positions evaluated in measurements (1 is all).
         context: tokens the cache is to hold: windows for statistics and sensitivities are read at positions spread over
@@ -107,8 +99,7 @@ def calibrate(
         CalibrationResult.
 
     Raises:
-        ValueError: too few windows, no budget or two, one that no schedule (or no uniform one) fits, or `limits` that
-            it cannot meet.
+        ValueError: too few windows, no budget or two, one that no schedule fits, or `limits` that it cannot meet.
     """
     if windows.shape[0] < 3:
         raise ValueError(
@@ -176,20 +167,10 @@ def calibrate(
         )  # fmt: skip
         schedule = fixed.schedule
     kept = {i: m.to("cpu") for i, m in final(schedule).items() if schedule[i] != (EXACT, EXACT)}
-    result = CalibrationResult(
+    return CalibrationResult(
         schedule, kept if maps == "auto" else None, table, variants, shape.average(schedule), repair=fixed,
         choices=choices,
     )  # fmt: skip
-    if verification is None:
-        return result
-    check = Evaluator(model, verification, window=window, sinks=sinks, stride=stride)
-    width = _width_within(counted(plain), budget, widths)
-    flat = uniform(shape, width)
-    mine, base = check(plans(schedule, final(schedule))), check(plans(flat, plain))
-    say(f"held-out KL {mine.kl:.5f} at {result.average_bits:.2f} bits, uniform {width} plain {base.kl:.5f}")
-    if mine.kl < base.kl:
-        return CalibrationResult(**{**result.__dict__, "chosen": mine, "uniform": base})
-    return CalibrationResult(flat, None, table, {}, shape.average(flat), base, base, True, fixed, choices)
 
 
 def divided(windows: torch.Tensor, recall: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -214,13 +195,10 @@ def collect(
         start = window_start(n, ids.shape[1], context)
         traces = trace(model, ids.to(device_of(model)), gradient=gradient, generator=generator, skip=SKIP, start=start)
         for i in layers:
-            accumulate(statistics[i], traces.pop(i), window, sinks)
-    for module in model.modules():
-        attention: Any = module
-        layer: Any = getattr(module, "layer_idx", None)
-        if layer in statistics and hasattr(module, "o_proj"):
-            heads, dim = next(iter(statistics[layer].moments.values())).first.shape
-            statistics[layer].readout = readout_gram(attention.o_proj.weight.detach(), heads, dim)
+            t = traces.pop(i)
+            accumulate(statistics[i], t, window, sinks)
+            if not n:
+                statistics[i].readout = readout_gram(t.call)
     return statistics
 
 
@@ -230,14 +208,6 @@ def _budget(bits: float | None, memory: Memory | None) -> float:
     if bits is not None and memory is None:
         return bits
     raise ValueError(f"expected a budget of bits or of memory, got {bits} and {memory}; give one of them")
-
-
-def _width_within(sizes: Shape, budget: float, widths: Sequence[int]) -> int:
-    """The widest uniform schedule within the budget."""
-    fitting = [b for b in widths if sizes.total(uniform(sizes, b)) <= sizes.room(budget)]
-    if not fitting:
-        raise ValueError(f"expected a budget that packs all layers, got {budget:g} {sizes.unit}; give more")
-    return max(fitting)
 
 
 def _fingerprint(model: torch.nn.Module, windows: torch.Tensor, *settings: object) -> list[object]:

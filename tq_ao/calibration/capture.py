@@ -27,6 +27,7 @@ class AttentionCall:
         softcap: cap * tanh(s / cap) on scaled scores if > 0.
         sliding: a query sees this many newest keys, itself included; None for full attention.
         sink_logits: [Hq] logits of a virtual key of value 0 (gpt-oss), or None.
+        module: the layer's attention, if it is a model's.
     """
 
     layer: int
@@ -37,6 +38,7 @@ class AttentionCall:
     softcap: float = 0.0
     sliding: int | None = None
     sink_logits: torch.Tensor | None = None
+    module: torch.nn.Module | None = None
 
     def float(self) -> "AttentionCall":
         """The same call, detached and in float32."""
@@ -97,7 +99,7 @@ def _dispatch(
         )
     layer: Any = module.layer_idx
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = AttentionCall(layer, query, key, value, scaling, softcap or 0.0, sliding_window, s_aux)
+    call = AttentionCall(layer, query, key, value, scaling, softcap or 0.0, sliding_window, s_aux, module)
     return _handlers[-1](call).transpose(1, 2).contiguous(), None
 
 

@@ -16,11 +16,13 @@ in it does to the model's prediction.
 from dataclasses import dataclass, field
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from tq_ao.calibration.capture import AttentionCall, Trace
 from tq_ao.evaluation.simulate import row_blocks, softcapped, softmax_with_sink
 
 WEIGHTINGS = ("tokens", "attention", "fisher")
+PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")  # what models call W_o
 
 
 @dataclass
@@ -62,7 +64,7 @@ class LayerStatistics:
 
     Attributes:
         moments: (what, weighting) -> Moments, what in "q", "k", "v" and, for fisher, "g" (output gradients).
-        readout: W_o^T W_o summed over the query heads of each KV head, float64 [H, D, D], or None.
+        readout: W_o^T W_o summed over the query heads of each KV head, float64 [H, D, D]; None: W_o was not found.
     """
 
     moments: dict[tuple[str, str], Moments] = field(default_factory=dict)
@@ -166,7 +168,15 @@ def accumulate(statistics: LayerStatistics, t: Trace, window: int, sinks: int) -
         statistics.add("g", "fisher", g, weights.g_fisher.flatten(2))
 
 
-def readout_gram(o_proj: torch.Tensor, heads: int, dim: int) -> torch.Tensor:
-    """W_o^T W_o of each KV head, float64 [H, D, D], from o_proj.weight [hidden, Hq * D]."""
-    w = o_proj.double().unflatten(1, (heads, -1, dim))  # [hidden, H, G, D]
-    return torch.einsum("ohgd,ohge->hde", w, w)
+def readout_gram(call: AttentionCall) -> torch.Tensor | None:
+    """W_o^T W_o of each KV head, float64 [H, D, D]; None if the layer has no output projection of a known name."""
+    _, heads, _, dim = call.k.shape
+    for name in PROJECTIONS:
+        projection = getattr(call.module, name, None)
+        weight = getattr(projection, "weight", None)
+        if isinstance(projection, Conv1D):
+            weight = projection.weight.mT
+        if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.shape[1] == call.q.shape[1] * dim:
+            w = weight.detach().double().unflatten(1, (heads, -1, dim))  # [hidden, H, G, D]
+            return torch.einsum("ohgd,ohge->hde", w, w)
+    return None

@@ -61,10 +61,12 @@ def choose_variants(
 ) -> list[Choice]:
     """Score every variant of every layer on windows the statistics did not see, and keep the best per side.
 
-    The score is the Fisher KL summed over PROBE_BITS, each divided by the plain variant's.
+    The score is the Fisher KL summed over PROBE_BITS, each divided by the plain variant's.  A layer whose W_o was not
+    found has no value variants that read through it.
     """
     scores: dict[int, dict[str, float]] = {i: {} for i in plain}
-    built = {i: candidates(plain[i], statistics[i], key_variants, value_variants) for i in sorted(plain)}
+    values = {i: _readable(statistics[i], value_variants) for i in plain}
+    built = {i: candidates(plain[i], statistics[i], key_variants, values[i]) for i in sorted(plain)}
     for n, ids in enumerate(bar(windows.split(1), "map variants", progress)):
         found = journal.get(f"variants/{n}") if journal is not None else None
         if found is None:
@@ -83,7 +85,11 @@ def choose_variants(
         for name, value in found.items():
             layer, _, entry = name.partition("/")
             scores[int(layer)][entry] = scores[int(layer)].get(entry, 0.0) + value
-    return [_best(i, plain[i], statistics[i], scores[i], key_variants, value_variants) for i in sorted(plain)]
+    return [_best(i, plain[i], statistics[i], scores[i], key_variants, values[i]) for i in sorted(plain)]
+
+
+def _readable(statistics: LayerStatistics, value_variants: Sequence[str]) -> list[str]:
+    return [v for v in value_variants if statistics.readout is not None or not v.startswith("attention")]
 
 
 def _best(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import QuantizedCache
 
+from tq_ao.cache import kv_heads
 from tq_ao.calibration.capture import AttentionCall, Handler, exact
 from tq_ao.evaluation.simulate import softcapped, softmax_with_sink
 
@@ -60,7 +61,7 @@ def unavailable(config: Any, kind: Kind, window: int) -> str | None:
         quantized_cache(config, kind, BITS[0], window)
     except (ImportError, ValueError) as error:
         return " ".join(str(error).split())
-    heads = config.get_text_config(decoder=True).num_key_value_heads
+    heads = kv_heads(config.get_text_config(decoder=True))
     if kind.axis_key == -1 and heads * window % GROUP:
         return f"{heads} KV heads of {window} tokens do not fill groups of {GROUP} tokens"
     return None

@@ -90,8 +90,8 @@ def _compile(case: dict):
 
         constants = {
             "G": group, "D": dim, "DP": padded, "COLUMNS": 32, "OPERAND": triton.language.bfloat16,
-            "SOFTCAP": softcap, "EXACT": not case.get("pdl"), "CHUNK": 64, "PRECISION": "tf32",
-            "PDL": case.get("pdl", False),
+            "SOFTCAP": softcap, "EXACT": not case.get("gluon"), "CHUNK": 64, "PRECISION": "tf32",
+            "PDL": case.get("gluon", False) and case["arch"] >= 90,
         }  # fmt: skip
     else:
         from tq_ao.kernels.combine import combine_kernel as fn
@@ -101,7 +101,7 @@ def _compile(case: dict):
         }  # fmt: skip
     signature, attrs = _signature(fn.arg_names, constants, "*i32" if case["kernel"] == "portable" else "*i8")
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
-    options = {"num_warps": 4 if case.get("pdl") else 8, "num_stages": 1}
+    options = {"num_warps": 4 if case.get("gluon") else 8, "num_stages": 1}
     return triton.compile(source, target=target, options=options), None
 
 
@@ -245,7 +245,10 @@ OTHERS = [
     for kernel in ("query", "combine")
     for head_dim in (64, 128)
 ]
-OTHERS += [{"kernel": "query", "arch": 90, "head_dim": dim, "group": 4, "pdl": True} for dim in (64, 128, 256)]
+OTHERS += [
+    {"kernel": "query", "arch": arch, "head_dim": dim, "group": 4, "gluon": True}  # before the Gluon kernel
+    for arch, dim in ((89, 128), (90, 64), (90, 128), (90, 256), (100, 128))
+]
 
 
 @pytest.mark.parametrize("name", MERGES)

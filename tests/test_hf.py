@@ -308,6 +308,24 @@ def test_the_last_static_cache_serves_again_if_it_fits():
     assert roomy.get_max_length() == 1024
 
 
+def test_a_large_key_bias_is_warned_of_unless_maps_subtract_it(rng, monkeypatch):
+    model, said = tiny.model("qwen2"), []
+    monkeypatch.setattr(hf.logger, "warning", lambda text, *values: said.append(text % values))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.bias.zero_()[0] = 30.0
+    quantize_kv_(model, TurboQuantConfig(**SMALL))
+    hf.attach(model, TurboQuantConfig(**SMALL), {1: random_maps(rng)})
+    quantize_kv_(model, TurboQuantConfig(layers={1: LayerScheme(16, 16)}, **SMALL))
+    assert not said
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.bias[0] = 3000.0
+    hf.attach(model, TurboQuantConfig(**SMALL), {1: random_maps(rng)})
+    quantize_kv_(model, TurboQuantConfig(layers={1: LayerScheme(16, 16)}, **SMALL))
+    assert not said
+    quantize_kv_(model, TurboQuantConfig(**SMALL))
+    assert len(said) == 1 and "(layer 1)" in said[0] and "Convert the model" in said[0]
+
+
 def test_copies_and_pickles_are_models_of_their_own(tmp_path, rng):
     model, ids = tiny.model(), ids_for(rng)
     quantize_kv_(model, TurboQuantConfig(bits=2, **SMALL))

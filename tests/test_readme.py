@@ -55,7 +55,7 @@ def test_quality_table():
 
 def test_converted_table():
     lines = section("converted")[2:]
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         model, chosen, uniform, perplexity = (cell.strip() for cell in line.strip("|").split("|"))
         report = json.loads((ROOT / "benchmarks" / "results" / f"convert_{model.lower()}.json").read_text())

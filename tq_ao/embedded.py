@@ -95,7 +95,8 @@ def materialize(model: EmbeddedModel, cache_dir: str | Path | None = None) -> Pa
     target = cache / model.name
     if (target / "config.json").is_file():
         return target
-    pieces = [folder / file for module, file in model.pieces if (folder := package_folder(module)) is not None]
+    found = [folder / file for module, file in model.pieces if (folder := package_folder(module)) is not None]
+    pieces = [piece for piece in found if piece.is_file()]
     if len(pieces) < len(model.pieces) or package_folder("gguf") is None:
         wheels = "a wheel that is" if len(model.pieces) == 1 else "wheels that are"
         raise ModelError(f"{model.name} is embedded in {wheels} not installed: {model.install}")

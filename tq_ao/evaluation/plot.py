@@ -61,7 +61,7 @@ def figure(results: Sequence[dict[str, Any]]) -> Any:
             handles[method] = axes.errorbar(
                 x, y, error, fmt=form, color=colour, label=method, markersize=5, linewidth=1.2, elinewidth=0.8
             )
-        axes.set(title=result["model"], xlabel="stored bits per value", yscale="log")
+        axes.set(title=result["model"], xlabel="stored bits per value", yscale="log", xlim=(1.3, 5.3))  # 8 are beyond
         axes.minorticks_off()
         axes.grid(color="0.9", linewidth=0.6)
     panels[0].set_ylabel("KL against the exact cache, nats")

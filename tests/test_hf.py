@@ -291,7 +291,12 @@ def test_guesses_near_the_last_token(implementation):
     ids = torch.arange(2, 22).repeat(1, 5)
     options = {"attention_mask": torch.ones_like(ids), "max_length": 257, "do_sample": False}
     want = model.generate(ids, **options)
-    found = model.generate(ids, **options, prompt_lookup_num_tokens=20, cache_implementation=implementation)
+    try:
+        found = model.generate(ids, **options, prompt_lookup_num_tokens=20, cache_implementation=implementation)
+    except ValueError as error:
+        if "not supported with Static cache" not in str(error):
+            raise
+        pytest.skip("this transformers takes no guesses back from a static cache")
     assert found.shape == want.shape
 
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .mapped import any_nonzero, arranged, load_map, map_operands, map_parts, mapped, mapped_here, shift_operand
+from .mapped import arranged, map_operands, mapped, mapped_here, shift_operand, survey
 from .pack import arrange, get_words, load_feedback, put_scales, put_words, quantize, token_order
 
 TILE = 32
@@ -120,26 +120,16 @@ def encode_kernel(
         begin = last
         end = last
         if HERE:
-            dims = tl.arange(0, DP)
-            top = tl.max(tl.abs(tl.load(map + dims, mask=dims < D, other=0.0)), axis=0)
-            least = tl.min(tl.abs(tl.load(map + dims, mask=dims < D, other=float("inf"))), axis=0)
-            unit = tl.where((top > 0) & (least == top), top, 1.0)
+            # (x - shift) @ map = x @ map - shift @ map
+            unit, remainder, shifted = survey(map, shift, D, DP, KC)
             inverse = 1.0 / unit
-            # (x - shift) @ map = x @ map - shift @ map; the map is read once for the shift and for a second part.
-            remainder = 0
-            products = tl.zeros([KC, DP], tl.float32)
-            for k in tl.range(0, DP, KC, num_stages=1):
-                high, low = map_parts(load_map(map, k, D, DP, KC), unit, inverse)
-                remainder = tl.maximum(remainder, any_nonzero(low))
-                part = tl.load(shift + k + tl.arange(0, KC), mask=k + tl.arange(0, KC) < D, other=0.0)
-                products += part[:, None] * high
-            shifted = tl.reshape(arrange(tl.sum(products, axis=0)[None, :], KEY, FEEDBACK), [DP])
+            shifted = tl.reshape(arrange((shifted * inverse)[None, :], KEY, FEEDBACK), [DP])
             minus = shift_operand(shifted, OPERAND) if SHIFT_ROWS else -shifted
             m, _low = map_operands(arranged(map, 0, D, DP, min(DP, 128), KEY, FEEDBACK), unit, inverse, OPERAND)
             m2 = None
             if DP > 128:
                 m2, _low2 = map_operands(arranged(map, 128, D, DP, 128, KEY, FEEDBACK), unit, inverse, OPERAND)
-            if remainder == 0:
+            if not remainder:
                 if RING:
                     begin = tl.minimum(tl.maximum((fresh + TILES * 32 - 1) // (TILES * 32), first), last)
                     end = tl.minimum(tl.maximum(count // TILES, begin), last)
@@ -213,13 +203,15 @@ def launch_options(dim: int, shared: int, feedback: bool) -> dict[str, int]:
     """Block sizes of `encode_kernel` on a chip with `shared` KiB of shared memory in a multiprocessor."""
     wide = shared >= WIDE
     options = {"TILES": 4, "KC": 32, "num_warps": 4 if wide else 8, "HALVES": False, "SOON": 0, "SHIFT_ROWS": wide}
+    if dim > 256:  # what one block of 128 tokens has to exchange would not fit
+        return {**options, "TILES": 2, "num_warps": 8, "num_stages": 1}
     if dim > 128:
         if dim < 256 or shared < (WIDE if feedback else 160):
             return {**options, "num_stages": 2 if wide else 1}
         if feedback:  # no room for two stages of rows: twice the rows and warps instead
             return {**options, "HALVES": True, "TILES": 8, "num_warps": 8, "num_stages": 1, "SOON": 1}
-        return {**options, "HALVES": True, "num_stages": 2 if wide else 1, "SOON": 2, "SHIFT_ROWS": True}
-    return {**options, "num_stages": 3 if dim in (32, 64) else 2}
+        return {**options, "HALVES": True, "num_stages": 2 if wide else 1, "SOON": 1, "SHIFT_ROWS": True}
+    return {**options, "num_stages": 3 if wide or dim in (32, 64) else 2}
 
 
 def shared_kib(device: torch.device) -> int:

@@ -51,9 +51,30 @@ def arranged(
 
 
 @triton.jit
-def any_nonzero(x):
-    """1 if an entry is not zero (NaN is not), else 0."""
-    return tl.max(tl.reshape((x != 0).to(tl.int32), [x.shape[0] * x.shape[1]]), axis=0)
+def survey(map, shift, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
+    """One look at a map, ROWS rows at a time.
+
+    Returns:
+        c if all entries are +-c, else 1; whether an entry / that has a second bf16 part; shift @ map, float32 [DP].
+    """
+    first = tl.load(map).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    more = tl.zeros([ROWS, DP], tl.int32)
+    other = tl.zeros([ROWS, DP], tl.int32)
+    products = tl.zeros([ROWS, DP], tl.float32)
+    TOGETHER: tl.constexpr = max(1, min(DP // ROWS, 512 // DP))  # what registers hold
+    for k in tl.range(0, DP, ROWS, num_stages=1, loop_unroll_factor=TOGETHER):
+        m = load_map(map, k, D, DP, ROWS)
+        bits = m.to(tl.int32, bitcast=True)
+        more |= bits & 0xFFFF
+        other |= (bits & 0x7FFFFFFF) ^ first
+        row = k + tl.arange(0, ROWS)
+        products += tl.load(shift + row, mask=row < D, other=0.0)[:, None] * m
+    # Both counts in one sum: each is less than 2 ** 16.
+    tl.static_assert(ROWS * DP < 65536)
+    counts = tl.sum(tl.where(more != 0, 1, 0) + tl.where(other != 0, 65536, 0))
+    alike = (D == DP) & (counts < 65536) & (first > 0)
+    unit = tl.where(alike, first.to(tl.float32, bitcast=True), 1.0)
+    return unit, (counts % 65536 > 0) & (alike == 0), tl.sum(products, axis=0)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """Attention of several queries per row over packed K and V, the exact window and sinks, and causally over new tokens.
 
-Four launches.  `rotate_kernel` maps the queries once.  `packed_kernel` is flash attention whose K and V operands are
-unpacked in registers once per block of query rows (all G query heads of a KV head share a block); `exact_kernel` is
-flash attention over sinks, ring and new tokens.  Both leave normalised partial outputs and the log2 of their
-softmax sums; `merge_kernel` weighs them, maps the packed part back and adds the value shift:
+Four launches.  `exact_kernel` is flash attention over sinks, ring and new tokens; beside it `rotate_kernel` maps the
+queries once.  `packed_kernel` is flash attention whose K and V operands are unpacked in registers once per block of
+query rows (all G query heads of a KV head share a block).  Both attentions leave normalised partial outputs and the
+log2 of their softmax sums; `merge_kernel` weighs them, maps the packed part back and adds the value shift:
 
     out = w_exact o_exact + (sum_s w_s o_s) @ output_map + (sum_s w_s) value_shift
 
@@ -38,6 +38,7 @@ def _geometry(length, start, b, q, sinks, window, capacity):
 def rotate_kernel(
     q, rotated, unit, bias, query_map, key_shift, q_sb, q_sh, q_sn, q_sd, heads, group, q_len,
     D: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr, ROWS: tl.constexpr, OPERAND: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """rotated = q @ query_map / unit, unit = its largest entry, bias = q . key_shift.
 
@@ -69,6 +70,8 @@ def rotate_kernel(
     tl.store(rotated + at[:, None] * D + dims[None, :], out, mask=ok[:, None] & (dims < D)[None, :])
     tl.store(unit + at, top, mask=ok)
     tl.store(bias + at, shifted, mask=ok)
+    if PDL:  # needs nothing of the launch before, but ends after it, so that later ones find its results
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -210,12 +213,14 @@ def exact_kernel(
     e_sb, e_sh, e_sn, e_sd, r_sb, r_sh, r_sn, r_sd,
     heads, group, q_len, capacity, sinks, window, scale, softcap,
     D: tl.constexpr, DP: tl.constexpr, CAP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Partial attention over sinks, ring and (causally) the new tokens.
 
     Grid: (blocks of M rows, the last rows first, B * H).  out float32 [B * Hq, q_len, D], lse [B * Hq, q_len].
     """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (tl.program_id(1) % heads).to(tl.int64)
     skip, n, packed = _geometry(length, start, b, q_len, sinks, window, capacity)
@@ -281,8 +286,8 @@ def exact_kernel(
 def merge_kernel(
     o_exact, lse_exact, o_packed, lse_packed, sink_logits, out, output_map, value_shift, length, start,
     heads, group, q_len, splits, capacity, sinks, window,
-    D: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr, ROWS: tl.constexpr, LOGITS: tl.constexpr,
-    OPERAND: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr,
+    LOGITS: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """out = w_exact o_exact + (sum_s w_s o_s) @ output_map + (sum_s w_s) value_shift; zeros for padding queries.
 
@@ -315,23 +320,23 @@ def merge_kernel(
 
     dims = tl.arange(0, DP)
     inside = ok[:, None] & (dims < D)[None, :]
-    o = tl.load(o_exact + at[:, None] * D + dims[None, :], mask=inside, other=0.0) * (w_exact * share)[:, None]
-    for first in range(0, DP, KC):
-        chunk = first + tl.arange(0, KC)
-        ok_chunk = ok[:, None] & (chunk < D)[None, :]
-        x = tl.zeros([ROWS, KC], tl.float32)
-        for s in range(splits):
-            weight = tl.exp2(tl.load(lse_packed + s * split + at, mask=ok, other=float("-inf")) - top) * share
-            part = tl.load(o_packed + (s * split + at)[:, None] * D + chunk[None, :], mask=ok_chunk, other=0.0)
-            x += part * weight[:, None]
-        x_high, x_low = two_parts(x, OPERAND)
-        m_high, m_low = map_operands(load_map(output_map + h * D * D, first, D, DP, KC), 1.0, 1.0, OPERAND)
+    x = tl.zeros([ROWS, DP], tl.float32)
+    for s in tl.range(0, splits, loop_unroll_factor=TOGETHER):
+        weight = tl.exp2(tl.load(lse_packed + s * split + at, mask=ok, other=float("-inf")) - top) * share
+        x += tl.load(o_packed + (s * split + at)[:, None] * D + dims[None, :], mask=inside, other=0.0) * weight[:, None]
+    x_high, x_low = two_parts(x, OPERAND)
+    for first in range(0, DP, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        ok_map = (dims < D)[:, None] & (column < D)[None, :]
+        part = tl.load(output_map + h * D * D + dims[:, None] * D + column[None, :], mask=ok_map, other=0.0)
+        m_high, m_low = map_operands(part, 1.0, 1.0, OPERAND)
+        wanted = ok[:, None] & (column < D)[None, :]
+        o = tl.load(o_exact + at[:, None] * D + column[None, :], mask=wanted, other=0.0) * (w_exact * share)[:, None]
+        o += (mass * share)[:, None] * tl.load(value_shift + h * D + column, mask=column < D, other=0.0)[None, :]
         o = tl.dot(x_low, m_high, o, input_precision="ieee")
         o = tl.dot(x_high, m_low, o, input_precision="ieee")
         o = tl.dot(x_high, m_high, o, input_precision="ieee")
-    offset = tl.load(value_shift + h * D + dims, mask=dims < D, other=0.0)
-    o += (mass * share)[:, None] * offset[None, :]
-    tl.store(out + at[:, None] * D + dims[None, :], o.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + at[:, None] * D + column[None, :], o.to(out.dtype.element_ty), mask=wanted)
 
 
 def operands(dtype: torch.dtype, interpreted: bool) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
@@ -344,10 +349,12 @@ def operands(dtype: torch.dtype, interpreted: bool) -> tuple[torch.dtype, torch.
 _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def launch_options(dim: int, rows: int, dtype: torch.dtype, shared: int) -> dict[str, dict[str, int]]:
+def launch_options(
+    dim: int, rows: int, dtype: torch.dtype, shared: int, few: bool = False
+) -> dict[str, dict[str, int]]:
     """Block sizes of the two attention kernels for `rows` = G * q_len query rows per KV head.
 
-    shared: KiB of shared memory in a multiprocessor.
+    shared: KiB of shared memory in a multiprocessor.  few: blocks of 128 rows would leave multiprocessors idle.
     """
     padded, wide = padded_dim(dim), shared >= WIDE
     m = min(128, max(16, triton.next_power_of_2(rows)))
@@ -361,7 +368,9 @@ def launch_options(dim: int, rows: int, dtype: torch.dtype, shared: int) -> dict
     else:  # fewer registers hold one tile when the operands of mma.sync come from them
         small = padded <= 64
         packed = {"M": min(m, 64 if small else 32), "TILES": 2 if small else 1, "num_warps": 4, "num_stages": 2}
-    exact = {"M": m, "N": 64 if padded <= 128 else 32, "num_warps": 8 if m == 128 else 4}
+    if few:
+        m = min(m, 64)
+    exact = {"M": m, "N": 64 if padded <= 128 and not few else 32, "num_warps": 8 if m == 128 else 4}
     return {"packed": packed, "exact": {**exact, "num_stages": 3 if padded <= 128 and wide else 2}}
 
 
@@ -394,7 +403,9 @@ def extend_attention(
     precision = "tf32x3" if q.dtype == torch.float32 and not interpreted else "ieee"
     split_operand = tl.float32 if interpreted else tl.bfloat16
     padded = padded_dim(dim)
-    options = launch_options(dim, group * q_len, q.dtype, shared_kib(q.device))
+    cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
+    few = triton.cdiv(group * q_len, 128) * batch * heads < cores
+    options = launch_options(dim, group * q_len, q.dtype, shared_kib(q.device), few)
     k_words, v_words = k_codes.view(torch.int32), v_codes.view(torch.int32)
     query_map, output_map = query_map.contiguous(), output_map.contiguous()
     key_shift, value_shift = key_shift.contiguous(), value_shift.contiguous()
@@ -402,16 +413,27 @@ def extend_attention(
     def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
+    # The first two launches run side by side: programmatic dependent launch, sm_90.
+    pdl = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    o_exact, lse_exact = buffer(*q.shape), buffer(*q.shape[:3])
+    exact_kernel[(triton.cdiv(group * q_len, options["exact"]["M"]), batch * heads)](
+        q, k_new, v_new, k_sinks, v_sinks, k_recent, v_recent, o_exact, lse_exact, length, start,
+        *q.stride(), *k_new.stride(), *v_new.stride(), *k_sinks.stride(), *k_recent.stride(),
+        heads, group, q_len, capacity, sinks, window, scale, softcap,
+        D=dim, DP=padded, CAP=softcap > 0, OPERAND=_TL[exact_type], PRECISION=precision, PDL=pdl,
+        **options["exact"],
+    )  # fmt: skip
+
     rows = 32
     per_head = (batch * q_heads, triton.cdiv(q_len, rows))
     rotated, unit, bias = buffer(batch, q_heads, q_len, dim, dtype=k_type), buffer(*q.shape[:3]), buffer(*q.shape[:3])
     rotate_kernel[per_head](
         q, rotated, unit, bias, query_map, key_shift, *q.stride(), q_heads, group, q_len,
-        D=dim, DP=padded, KC=32, ROWS=rows, OPERAND=split_operand, num_warps=4, num_stages=1,
+        D=dim, DP=padded, KC=32, ROWS=rows, OPERAND=split_operand, PDL=pdl, num_warps=4, num_stages=1,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
     blocks = triton.cdiv(group * q_len, options["packed"]["M"])
-    cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
     splits = max(1, min(2 * cores // (blocks * batch * heads), k_codes.shape[2] // 8, 64))
     o_packed, lse_packed = buffer(splits, *q.shape), buffer(splits, *q.shape[:3])
     packed_kernel[(blocks, batch * heads, splits)](
@@ -425,19 +447,11 @@ def extend_attention(
         CAP=softcap > 0, V_OPERAND=_TL[v_type], PRECISION=precision, **options["packed"],
     )  # fmt: skip
 
-    o_exact, lse_exact = buffer(*q.shape), buffer(*q.shape[:3])
-    exact_kernel[(triton.cdiv(group * q_len, options["exact"]["M"]), batch * heads)](
-        q, k_new, v_new, k_sinks, v_sinks, k_recent, v_recent, o_exact, lse_exact, length, start,
-        *q.stride(), *k_new.stride(), *v_new.stride(), *k_sinks.stride(), *k_recent.stride(),
-        heads, group, q_len, capacity, sinks, window, scale, softcap,
-        D=dim, DP=padded, CAP=softcap > 0, OPERAND=_TL[exact_type], PRECISION=precision, **options["exact"],
-    )  # fmt: skip
-
     out = buffer(*q.shape, dtype=q.dtype)
     merge_kernel[per_head](
         o_exact, lse_exact, o_packed, lse_packed, sink_logits, out, output_map, value_shift, length, start,
         q_heads, group, q_len, splits, capacity, sinks, window,
-        D=dim, DP=padded, KC=32, ROWS=rows, LOGITS=sink_logits is not None, OPERAND=split_operand,
-        num_warps=4, num_stages=1,
+        D=dim, DP=padded, COLUMNS=64 if padded <= 128 else 32, ROWS=rows, TOGETHER=4 if padded <= 128 else 2,
+        LOGITS=sink_logits is not None, OPERAND=split_operand, num_warps=4, num_stages=1,
     )  # fmt: skip
     return out

@@ -1,9 +1,10 @@
 """combine.py with every layout chosen by hand (Gluon, sm_80 and newer): the tail of each decode step.
 
-Same formula, grid and buffers.  A warp holds PARTS partial results of 1 / WD of the dimensions of one query at a time,
-so that merging them exchanges nothing between warps; the output map waits in shared memory, copied while the splits
-end; the product with it is plain float32 multiply-adds, which is fewer instructions than tensor-core operands would
-take to build.  Block: R warps over queries times WD over dimensions.
+Same formula and grid.  Partial outputs of splits have their dimensions in the order of `exact_gluon.store_part`, which
+the rows of the map take on their way to shared memory.  A warp holds PARTS partial results of 1 / WD of the dimensions
+of one query at a time, so that merging them exchanges nothing between warps; the output map waits in shared memory,
+copied while the splits end; the product with it is plain float32 multiply-adds, which is fewer instructions than
+tensor-core operands would take to build.  Block: R warps over queries times WD over dimensions.
 """
 
 from triton.experimental import gluon
@@ -29,7 +30,7 @@ def _load_parts(p_o, p_ml, rows, base, live, parts, first, part, dims, G: gl.con
     o = gl.load(
         p_o + at[:, :, None] * D + dims[None, None, :], mask=inside[:, :, None] & (dims < D)[None, None, :], other=0.0
     )
-    return gl.where(l == 0.0, -1e30, m), l, o
+    return gl.where(l == 0.0, -1e30, m), l, o.to(gl.float32)
 
 
 @gluon.jit
@@ -97,7 +98,9 @@ def combine_gluon_kernel(
     map_s = gl.allocate_shared_memory(gl.float32, [DP, COLUMNS], S2)
     k = gl.arange(0, DP, gl.SliceLayout(1, L_C))
     c = first_column + gl.arange(0, COLUMNS, gl.SliceLayout(0, L_C))
-    p_map = output_map + h * D * D + k[:, None] * D + c[None, :]
+    QD: gl.constexpr = D if D == DP else 32
+    row = k // QD * QD + k % (QD // 8) * 8 + k % QD // (QD // 8)
+    p_map = output_map + h * D * D + row[:, None] * D + c[None, :]
     if DP == D and D % COLUMNS == 0:
         async_load(map_s, p_map)
     else:

@@ -98,11 +98,21 @@ def merge_config(head_dim: int, rows: int, splits: int, multiprocessors: int) ->
     columns, queries = min(64, padded) if padded <= 256 else 32, 8
     while queries > 1 and rows // queries * triton.cdiv(head_dim, columns) < 0.95 * multiprocessors:
         queries //= 2
-    if padded == 128 and (queries == 1 or rows // queries >= 1.5 * multiprocessors):  # the map is read fewer times
+    if padded == 128 and rows // queries >= 1.5 * multiprocessors:  # the map is read fewer times
         columns = 128
     dim_warps = min(8 // queries, padded // 16)
     parts = 8 if splits <= 8 else 2048 * dim_warps // padded  # at most 64 numbers of them to a thread
     return MergeConfig(columns, queries, dim_warps, parts)
+
+
+def map_columns(head_dim: int, dtype: torch.dtype, blocks: int, multiprocessors: int) -> int:
+    """Columns of the query map to a program, which holds them in registers, for `blocks` blocks of 16 queries.
+
+    Fewer columns, more programs: a map is ready earlier, until the programs outnumber what runs at once.
+    """
+    if head_dim == 128 and dtype == torch.bfloat16 and blocks * 4 > 2 * multiprocessors:
+        return 64
+    return 32 if head_dim <= (256 if dtype == torch.bfloat16 else 128) else 16
 
 
 def _readable_by_gluon(*exact: torch.Tensor) -> bool:
@@ -210,9 +220,11 @@ def decode_attention(
     rows = batch * q_heads
     rotated = torch.empty(rows * dim, dtype=f32, device=device)
     bias = torch.empty(rows, dtype=f32, device=device)
-    exact_o = torch.empty(rows * chunks * dim, dtype=f32, device=device)
+    # The Gluon kernel can leave partial outputs in 16 bits; short ones are merged faster in 32.
+    partial = f32 if separate or dim <= 64 else torch.float16
+    exact_o = torch.empty(rows * chunks * dim, dtype=partial, device=device)
     exact_ml = torch.empty(2 * rows * chunks, dtype=f32, device=device)
-    split_o = torch.empty(rows * splits * dim, dtype=f32, device=device)
+    split_o = torch.empty(rows * splits * dim, dtype=partial, device=device)
     split_ml = torch.empty(2 * rows * splits, dtype=f32, device=device)
     out = torch.empty(batch, q_heads, 1, dim, dtype=q.dtype, device=device)
 
@@ -220,8 +232,9 @@ def decode_attention(
     pdl = use_gluon and torch.cuda.get_device_capability(device) >= (9, 0)
     exact_programs = batch * heads * triton.cdiv(group, 16) * chunks if separate else 0
     unit = 127.0 if k_bits == 8 else 1.0
-    columns = 32 if padded <= (256 if q.dtype == torch.bfloat16 else 128) else 16  # of the map, which is in registers
-    prepare_kernel[(heads * triton.cdiv(batch * group, 16) * (dim // columns) + exact_programs,)](
+    blocks = heads * triton.cdiv(batch * group, 16)
+    columns = map_columns(dim, q.dtype, blocks, _multiprocessors(device))
+    prepare_kernel[(blocks * (dim // columns) + exact_programs,)](
         q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, exact_o, exact_ml,
         q.stride(0), q.stride(1), *sink_strides, *recent_strides, batch, heads, sinks, window, capacity, chunks, factor,
         1.0 / unit, cap, G=group, D=dim, DP=padded, COLUMNS=columns, OPERAND=operand_type(),

@@ -245,7 +245,7 @@ def gluon_splits_kernel(
 
     rotated and bias as `query.prepare_kernel` writes them; codes as int8 [B, H, T, tile bytes]; scales fp16
     [B, H, T, 32]; sinks and recent tokens in a 16-bit dtype if chunks > 0, else the exact part is done elsewhere;
-    outputs as `combine.combine_kernel` reads them.
+    outputs as `combine_gluon.combine_gluon_kernel` reads them.
     """
     GROUPS: gl.constexpr = D // 32
     CHUNKS: gl.constexpr = 1 if (GROUPS & (GROUPS - 1)) == 0 else GROUPS
@@ -323,7 +323,7 @@ def gluon_splits_kernel(
             )  # fmt: skip
             store_part(
                 exact_o, exact_ml, m_exact, l_exact, acc_exact, live, at_part, exact_rows, (group + x) * 8,
-                G, D, EXACT_D, True, S_L,
+                G, D, EXACT_D, S_L,
             )  # fmt: skip
     if PDL:  # the queries must be ready from here on
         wait_for_previous()
@@ -380,5 +380,5 @@ def gluon_splits_kernel(
             mine = mine + (o * (1.0 / 127.0) if V_BITS == 8 else o,)
         store_part(
             split_o, split_ml, m_out, l[x], mine, end > first, at_split, rows, (group + x) * 8,
-            G, D, QD, False, S_L,
+            G, D, QD, S_L,
         )  # fmt: skip

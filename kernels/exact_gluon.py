@@ -16,7 +16,7 @@ def _exact_value_layout(wide):
 
 
 @gluon.constexpr_function
-def _exact_output_layout(dims):
+def _output_layout(dims):
     """[dims, 8 heads] in one warp: lane 4 g + t, dims / 8 consecutive dimensions of heads 2 t and 2 t + 1."""
     wide = dims // 8
     reg = [[1 << i, 0] for i in range(wide.bit_length() - 1)] + [[0, 1]]
@@ -111,16 +111,24 @@ def attend_exact(
 @gluon.jit
 def store_part(
     p_o, p_ml, m, l, acc, live, at_part, rows, first_head,
-    G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, EXACT: gl.constexpr, S_L: gl.constexpr,
+    G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, S_L: gl.constexpr,
 ):  # fmt: skip
-    """Store the result of 8 heads: entry at_part + head of p_o [.., D] (if live) and of p_ml [2, rows]."""
+    """Store the result of 8 heads: entry at_part + head of p_o [.., D] (if live) and of p_ml [2, rows].
+
+    Of each QD dimensions row 8 a + g is stored at QD / 8 g + a: there a lane has consecutive ones.  (m, l, o) and
+    (m + e, l / 2 ** e, o / 2 ** e) mean the same: e brings l below 1, and so o below the largest value, for 16 bits.
+    """
+    e = gl.maximum((l.to(gl.int32, bitcast=True) >> 23) - 126, 0)
+    unit = ((127 - e) << 23).to(gl.float32, bitcast=True)
+    m += e.to(gl.float32)
+    l *= unit
+    unit = gl.convert_layout(unit, gl.SliceLayout(0, S_L))
     head = first_head + gl.arange(0, 8, m.type.layout)
     if live:
         for c in gl.static_range(D // QD):
-            o = acc[c]
-            if EXACT:  # row 8 a + g of attend_exact is dimension QD / 8 g + a: a lane has consecutive ones
-                o = gl.reshape(gl.permute(gl.reshape(o, [QD // 8, 8, 8]), (1, 0, 2)), [QD, 8])
-                o = gl.convert_layout(o, _exact_output_layout(QD), assert_trivial=True)
+            o = (acc[c] * unit[None, :]).to(p_o.dtype.element_ty)
+            o = gl.reshape(gl.permute(gl.reshape(o, [QD // 8, 8, 8]), (1, 0, 2)), [QD, 8])
+            o = gl.convert_layout(o, _output_layout(QD), assert_trivial=True)
             dim = gl.arange(0, QD, gl.SliceLayout(1, o.type.layout))
             column = first_head + gl.arange(0, 8, gl.SliceLayout(0, o.type.layout))
             to = p_o + at_part * D + column[None, :] * D + (c * QD + dim)[:, None]

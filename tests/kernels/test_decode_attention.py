@@ -150,6 +150,20 @@ def test_gluon_attends_to_a_16_bit_window_itself(name: str, cuda: torch.device, 
     assert error(case, make(case, rng), decode_attention, "gluon") < 2e-3
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 2e3])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256, 288])
+def test_partial_outputs_in_16_bits(head_dim: int, size: float, cuda: torch.device, rng: torch.Generator) -> None:
+    """Large and small values: partial outputs are relative to their mass, and no output rounding hides their error."""
+    from tq_ao.kernels.decode_attention import decode_attention
+
+    case = Case(head_dim=head_dim, group=5, lengths=(700, 90), dtype=torch.float16, shifted=False)
+    args = make(case, rng)
+    args["q"] = args["q"].float()
+    for name in ("v_scales", "v_sinks", "v_recent"):
+        args[name] = args[name] * size
+    assert error(case, args, decode_attention, "gluon") < 5e-4
+
+
 @pytest.mark.parametrize("impl", PATHS)
 def test_zero_queries_and_broken_keys(impl: str, rng: torch.Generator) -> None:
     from tq_ao.kernels.decode_attention import decode_attention

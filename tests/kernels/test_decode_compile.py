@@ -21,15 +21,15 @@ POINTERS = {
     "rotated": "*fp32", "bias": "*fp32", "k_codes": "*i8", "v_codes": "*i8", "k_scales": "*fp16", "v_scales": "*fp16",
     "q": "*bf16", "q_exact": "*bf16", "k_sinks": "*bf16", "v_sinks": "*bf16", "k_recent": "*bf16",
     "v_recent": "*bf16", "length": "*i64",
-    "start": "*i64", "split_o": "*fp32", "split_ml": "*fp32", "exact_o": "*fp32", "exact_ml": "*fp32",
+    "start": "*i64", "split_ml": "*fp32", "exact_ml": "*fp32",
     "query_map": "*fp32", "key_shift": "*fp32", "output_map": "*fp32", "value_shift": "*fp32", "sink_logits": "*fp32",
     "out": "*bf16",
     "factor": "fp32", "cap": "fp32", "inverse_unit": "fp32",
 }  # fmt: skip
 
 
-def _signature(names: list[str], constants: dict, words: str) -> tuple[dict, dict]:
-    types = POINTERS | {"k_codes": words, "v_codes": words}
+def _signature(names: list[str], constants: dict, words: str, partial: str = "*fp32") -> tuple[dict, dict]:
+    types = POINTERS | {"k_codes": words, "v_codes": words, "split_o": partial, "exact_o": partial}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name.startswith("stride_")]
     return signature, {(i,): [["tt.divisibility", 16]] for i in aligned}
@@ -61,7 +61,7 @@ def _compile(case: dict):
             "K_CONSTRAINTS": constraints(8, k_bits), "V_ASM": value_asm(v_bits),
             "V_CONSTRAINTS": constraints(16, v_bits), "num_warps": 1,
         }  # fmt: skip
-        signature, attrs = _signature(fn.arg_names, constants, "*i8")
+        signature, attrs = _signature(fn.arg_names, constants, "*i8", case.get("partial", "*fp16"))
         source = GluonASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
         return triton.compile(source, target=target, options={"num_warps": 1, "maxnreg": config.registers}), config
     if case["kernel"] == "merge":
@@ -77,7 +77,7 @@ def _compile(case: dict):
             "HAS_SINK": True,
             "PDL": case["arch"] >= 90, "num_warps": warps, "batch": 1,
         }  # fmt: skip
-        signature, attrs = _signature(fn.arg_names, constants, "*i8")
+        signature, attrs = _signature(fn.arg_names, constants, "*i8", case.get("partial", "*fp16"))
         source = GluonASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
         return triton.compile(source, target=target, options={"num_warps": warps}), None
     if case["kernel"] == "portable":
@@ -89,7 +89,7 @@ def _compile(case: dict):
         from tq_ao.kernels.query import prepare_kernel as fn
 
         constants = {
-            "G": group, "D": dim, "DP": padded, "COLUMNS": 32, "OPERAND": triton.language.bfloat16,
+            "G": group, "D": dim, "DP": padded, "COLUMNS": case.get("columns", 32), "OPERAND": triton.language.bfloat16,
             "SOFTCAP": softcap, "EXACT": not case.get("gluon"), "CHUNK": 64, "PRECISION": "tf32",
             "PDL": case.get("gluon", False) and case["arch"] >= 90,
         }  # fmt: skip
@@ -218,10 +218,10 @@ def test_gluon(name: str) -> None:
         assert loop.total() <= 12 * 32 * config["tiles"], "a step of 64 tokens takes 740 instructions"
 
 
-def merge(head_dim: int, rows: int, splits: int, arch: int = 90, chunks: int = 6) -> dict:
+def merge(head_dim: int, rows: int, splits: int, arch: int = 90, chunks: int = 6, partial: str = "*fp16") -> dict:
     """`rows` are the queries of all rows and heads."""
     case = {"kernel": "merge", "arch": arch, "head_dim": head_dim, "group": 4}
-    return case | {"rows": rows, "splits": splits, "chunks": chunks}
+    return case | {"rows": rows, "splits": splits, "chunks": chunks, "partial": partial}
 
 
 MERGES = {
@@ -230,10 +230,11 @@ MERGES = {
     "few rows, many splits": merge(128, 32, 128),
     "head_dim 32": merge(32, 32, 128),
     "head_dim 32, very many rows": merge(32, 20_000, 2, 80),
-    "head_dim 64": merge(64, 8, 100, 100),
+    "head_dim 64": merge(64, 8, 100, 100, partial="*fp32"),
     "head_dim 96": merge(96, 512, 12, 80),
     "head_dim 256": merge(256, 256, 15),
     "a wide window": merge(128, 64, 24, chunks=33),
+    "a window that is not 16-bit": merge(128, 64, 24, partial="*fp32"),
 }
 PORTABLE = [
     {"kernel": "portable", "arch": 80, "bits": bits, "head_dim": head_dim, "group": 4}
@@ -249,6 +250,7 @@ OTHERS += [
     {"kernel": "query", "arch": arch, "head_dim": dim, "group": 4, "gluon": True}  # before the Gluon kernel
     for arch, dim in ((89, 128), (90, 64), (90, 128), (90, 256), (100, 128))
 ]
+OTHERS += [{"kernel": "query", "arch": 90, "head_dim": 128, "group": 8, "gluon": True, "columns": 64}]  # many rows
 
 
 @pytest.mark.parametrize("name", MERGES)

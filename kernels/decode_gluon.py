@@ -52,6 +52,9 @@ def _fetch(
 ):  # fmt: skip
     """Start copying TILES tiles from `tile` (not beyond `last`) to ring slot `slot`."""
     PLANES: gl.constexpr = (K_BITS + V_BITS) * CHUNKS
+    at = gl.minimum(tile + scale_at // 32, last).to(gl.int64) * 32 + scale_at % 32
+    async_load(scales[0].index(slot), p_ks + at)
+    async_load(scales[1].index(slot), p_vs + at)
     for j in gl.static_range(TILES):
         t = gl.minimum(tile + j, last).to(gl.int64)
         for c in gl.static_range(CHUNKS):
@@ -61,8 +64,23 @@ def _fetch(
             for w in gl.static_range(V_BITS):
                 to = ring[j * PLANES + (K_BITS + w) * CHUNKS + c].index(slot)
                 async_load(to, p_v + t * (4 * D * V_BITS) + (w * 4 * D + c * 4) + copy_at)
-        async_load(scales[2 * j].index(slot), p_ks + t * 32 + scale_at)
-        async_load(scales[2 * j + 1].index(slot), p_vs + t * 32 + scale_at)
+
+
+@gluon.constexpr_function
+def _lines(size):
+    """Cache lines of `size` bytes, rounded up to a power of two of at least 32."""
+    return max(32, 1 << (-(-size // 128) - 1).bit_length())
+
+
+@gluon.jit
+def _send_for(p, tile, tiles, BYTES: gl.constexpr, TILES: gl.constexpr):
+    """Start TILES tiles of BYTES bytes from `tile` (of `tiles`) on their way to L2."""
+    at = gl.arange(0, _lines(BYTES * TILES), gl.BlockedLayout([1], [32], [1], [0])) * 128
+    wanted = at < gl.minimum(tiles - tile, TILES) * BYTES
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
+        [p + tile.to(gl.int64) * BYTES + at, wanted.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -103,7 +121,7 @@ def _step(
             for x in gl.static_range(HT):
                 total = total + (mma_v2(q[x * CHUNKS + c], kT, raw[x]),)
             raw = total
-        norm = scales[2 * j].index(slot).load(token.type.layout).to(gl.float32) * key_unit
+        norm = scales[0].index(slot).slice(32 * j, 32).load(token.type.layout).to(gl.float32) * key_unit
         for x in gl.static_range(HT):
             hi, lo = halves(raw[x])
             score = (hi * 128 + lo).to(gl.float32) * norm[None, :]
@@ -137,7 +155,7 @@ def _step(
     ones = gl.full([16, 32], 1.0, gl.float16, VA)
 
     for j in gl.static_range(TILES):
-        norm = scales[2 * j + 1].index(slot).load(token.type.layout).to(gl.float32)
+        norm = scales[1].index(slot).slice(32 * j, 32).load(token.type.layout).to(gl.float32)
         if MASKED:
             norm = gl.where(token + 32 * j < left, norm, 0.0)
         pT = ()
@@ -254,7 +272,7 @@ def gluon_splits_kernel(
     LANE_BYTES: gl.constexpr = CHUNK_BYTES // 32
     QD: gl.constexpr = D // CHUNKS
     PLANES: gl.constexpr = (K_BITS + V_BITS) * CHUNKS
-    EXACT_D: gl.constexpr = 64 if D % 64 == 0 else 32
+    EXACT_TOKENS: gl.constexpr = 32 if D <= 128 else 16  # what shared memory holds
 
     S_L: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
     RAW: gl.constexpr = gl.BlockedLayout([LANE_BYTES], [32], [1], [0])
@@ -284,21 +302,42 @@ def gluon_splits_kernel(
     head = gl.arange(0, 8, HEAD)
     token = gl.arange(0, 32, TOKEN)
 
+    p_k = k_codes + b * stride_kb + h * stride_kh
+    p_v = v_codes + b * stride_vb + h * stride_vh
+    p_ks = k_scales + b * stride_ksb + h * stride_ksh
+    p_vs = v_scales + b * stride_vsb + h * stride_vsh
+    # This program's share of the exact tokens, before the ring takes over its shared memory.
+    if split < chunks:
+        if end - first <= 4:  # a share so small that its first step is much of it
+            _send_for(p_k, first * TILES, tiles, 4 * D * K_BITS, TILES)
+            _send_for(p_v, first * TILES, tiles, 4 * D * V_BITS, TILES)
+        n_sinks = gl.minimum(n, sinks)
+        n_exact = n_sinks + gl.where(capacity == 0, 0, gl.maximum(n - sinks, 0) - packed)
+        at_q = q_exact + b * stride_qb + h * G * stride_qh
+        at_s = b * stride_sb + h * stride_sh
+        at_r = b * stride_rb + h * stride_rh
+        at_part = (bh * chunks + split).to(gl.int64) * G
+        exact_rows = gl.num_programs(1).to(gl.int64) * chunks * G
+        for x in gl.static_range(HT):
+            m_exact, l_exact, acc_exact, live = attend_exact(
+                at_q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, (group + x) * 8, split,
+                n_sinks, n_exact, packed, capacity, chunk_tokens, factor, cap, G, D, QD, EXACT_TOKENS, SOFTCAP, S_L,
+            )  # fmt: skip
+            store_part(
+                exact_o, exact_ml, m_exact, l_exact, acc_exact, live, at_part, exact_rows, (group + x) * 8,
+                G, D, QD, True, S_L,
+            )  # fmt: skip
     # One allocation per plane: Triton 3.6 puts a barrier between any two copies into the same allocation.
     ring = ()
     for _ in gl.static_range(TILES * PLANES):
         ring = ring + (gl.allocate_shared_memory(gl.int8, [STAGES, CHUNK_BYTES], FLAT),)
     scales = ()
-    for _ in gl.static_range(TILES * 2):
-        scales = scales + (gl.allocate_shared_memory(gl.float16, [STAGES, 32], FLAT),)
-    p_k = k_codes + b * stride_kb + h * stride_kh
-    p_v = v_codes + b * stride_vb + h * stride_vh
-    p_ks = k_scales + b * stride_ksb + h * stride_ksh
-    p_vs = v_scales + b * stride_vsb + h * stride_vsh
+    for _ in gl.static_range(2):
+        scales = scales + (gl.allocate_shared_memory(gl.float16, [STAGES, 32 * TILES], FLAT),)
     copy_at = gl.arange(0, CHUNK_BYTES, COPY)
     if CHUNKS > 1:
         copy_at = copy_at // 4 * (D // 8) + copy_at % 4
-    scale_at = gl.arange(0, 32, COPY_SCALE)
+    scale_at = gl.arange(0, 32 * TILES, COPY_SCALE)
     last = gl.maximum(tiles - 1, 0)
 
     for s in gl.static_range(STAGES - 1):
@@ -309,22 +348,6 @@ def gluon_splits_kernel(
             )  # fmt: skip
         async_copy.commit_group()
 
-    # While the first tiles arrive: this program's share of the exact tokens.
-    if split < chunks:
-        at_q = q_exact + b * stride_qb + h * G * stride_qh
-        at_s = b * stride_sb + h * stride_sh
-        at_r = b * stride_rb + h * stride_rh
-        at_part = (bh * chunks + split).to(gl.int64) * G
-        exact_rows = gl.num_programs(1).to(gl.int64) * chunks * G
-        for x in gl.static_range(HT):
-            m_exact, l_exact, acc_exact, live = attend_exact(
-                at_q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, (group + x) * 8, split,
-                n, packed, sinks, capacity, chunk_tokens, factor, cap, G, D, EXACT_D, SOFTCAP, S_L,
-            )  # fmt: skip
-            store_part(
-                exact_o, exact_ml, m_exact, l_exact, acc_exact, live, at_part, exact_rows, (group + x) * 8,
-                G, D, EXACT_D, S_L,
-            )  # fmt: skip
     if PDL:  # the queries must be ready from here on
         wait_for_previous()
     q = ()
@@ -380,5 +403,5 @@ def gluon_splits_kernel(
             mine = mine + (o * (1.0 / 127.0) if V_BITS == 8 else o,)
         store_part(
             split_o, split_ml, m_out, l[x], mine, end > first, at_split, rows, (group + x) * 8,
-            G, D, QD, S_L,
+            G, D, QD, False, S_L,
         )  # fmt: skip

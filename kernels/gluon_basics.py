@@ -31,5 +31,5 @@ def softcapped(s, cap):
 
 @gluon.jit
 def halves(x):
-    """[16, 32] -> rows 0-7 and 8-15, which are in the same thread."""
-    return gl.split(gl.permute(gl.reshape(x, [2, 8, 32]), (1, 2, 0)))
+    """[16, N] -> rows 0-7 and 8-15, which are in the same thread."""
+    return gl.split(gl.permute(gl.reshape(x, [2, 8, x.shape[1]]), (1, 2, 0)))

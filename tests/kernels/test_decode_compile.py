@@ -203,8 +203,9 @@ def test_gluon(name: str) -> None:
     assert got["registers"] <= config["registers"]
     k_bits, v_bits = case["bits"]
     tile = 4 * dim * (k_bits + v_bits) + 128  # codes and scales
-    assert got["shared"] <= config["stages"] * config["tiles"] * tile + 1024, (
-        "shared memory holds the ring and nothing else"
+    exact = 2 * 2 * (32 if dim <= 128 else 16) * dim  # keys and values of so many tokens
+    assert got["shared"] <= max(config["stages"] * config["tiles"] * tile, exact) + 1024, (
+        "shared memory holds first exact tokens, then the ring in their place"
     )
     # An operand register is one AND, 8 for 32 keys, 16 for 32 values; two more put the fourth word of 3 bits together.
     groups = config["tiles"] * dim // 32

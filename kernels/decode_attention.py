@@ -148,6 +148,8 @@ def decode_attention(
 
     Args:
         q: [B, Hq, 1, D] in bfloat16, float16 or float32.
+        v_sinks, v_recent: entries up to 65504 at head_dim above 64 if they are 16-bit: "gluon" keeps partial outputs in
+            float16.
         k_bits, v_bits: code widths of k_codes and v_codes.
         impl: "gluon" (NVIDIA, compute capability 8.0 and newer), "triton" (portable), "auto": the first that runs.
 

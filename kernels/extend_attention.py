@@ -415,6 +415,9 @@ def extend_attention(
 
     # The first two launches run side by side: programmatic dependent launch, sm_90.
     pdl = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    rows = 32 if padded <= 128 else 16  # what registers hold
+    per_head = (batch * q_heads, triton.cdiv(q_len, rows))
+    rotated, unit, bias = buffer(batch, q_heads, q_len, dim, dtype=k_type), buffer(*q.shape[:3]), buffer(*q.shape[:3])
     o_exact, lse_exact = buffer(*q.shape), buffer(*q.shape[:3])
     exact_kernel[(triton.cdiv(group * q_len, options["exact"]["M"]), batch * heads)](
         q, k_new, v_new, k_sinks, v_sinks, k_recent, v_recent, o_exact, lse_exact, length, start,
@@ -424,9 +427,6 @@ def extend_attention(
         **options["exact"],
     )  # fmt: skip
 
-    rows = 32
-    per_head = (batch * q_heads, triton.cdiv(q_len, rows))
-    rotated, unit, bias = buffer(batch, q_heads, q_len, dim, dtype=k_type), buffer(*q.shape[:3]), buffer(*q.shape[:3])
     rotate_kernel[per_head](
         q, rotated, unit, bias, query_map, key_shift, *q.stride(), q_heads, group, q_len,
         D=dim, DP=padded, KC=32, ROWS=rows, OPERAND=split_operand, PDL=pdl, num_warps=4, num_stages=1,

@@ -51,6 +51,13 @@ def arranged(
 
 
 @triton.jit
+def _counts(more, other):
+    """How many of `more` are not zero, plus 2 ** 16 for each of `other` that is not."""
+    tl.static_assert(more.shape[0] * more.shape[1] < 32768)
+    return tl.sum(tl.where(more != 0, 1, 0) + tl.where(other != 0, 65536, 0))
+
+
+@triton.jit
 def survey(map, shift, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
     """One look at a map, ROWS rows at a time.
 
@@ -60,21 +67,29 @@ def survey(map, shift, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
     first = tl.load(map).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     more = tl.zeros([ROWS, DP], tl.int32)
     other = tl.zeros([ROWS, DP], tl.int32)
+    any_more = False
+    any_other = False
     products = tl.zeros([ROWS, DP], tl.float32)
     TOGETHER: tl.constexpr = max(1, min(DP // ROWS, 512 // DP))  # what registers hold
     for k in tl.range(0, DP, ROWS, num_stages=1, loop_unroll_factor=TOGETHER):
         m = load_map(map, k, D, DP, ROWS)
         bits = m.to(tl.int32, bitcast=True)
-        more |= bits & 0xFFFF
-        other |= (bits & 0x7FFFFFFF) ^ first
+        if DP <= 128:
+            more |= bits & 0xFFFF
+            other |= (bits & 0x7FFFFFFF) ^ first
+        else:  # summed up after this loop, as above, blocks of 256 columns keep Triton 3.9 from pipelining the next
+            counts = _counts(bits & 0xFFFF, (bits & 0x7FFFFFFF) ^ first)
+            any_more |= counts % 65536 > 0
+            any_other |= counts >= 65536
         row = k + tl.arange(0, ROWS)
         products += tl.load(shift + row, mask=row < D, other=0.0)[:, None] * m
-    # Both counts in one sum: each is less than 2 ** 16.
-    tl.static_assert(ROWS * DP < 65536)
-    counts = tl.sum(tl.where(more != 0, 1, 0) + tl.where(other != 0, 65536, 0))
-    alike = (D == DP) & (counts < 65536) & (first > 0)
+    if DP <= 128:
+        counts = _counts(more, other)
+        any_more = counts % 65536 > 0
+        any_other = counts >= 65536
+    alike = (D == DP) & (any_other == 0) & (first > 0)
     unit = tl.where(alike, first.to(tl.float32, bitcast=True), 1.0)
-    return unit, (counts % 65536 > 0) & (alike == 0), tl.sum(products, axis=0)
+    return unit, any_more & (alike == 0), tl.sum(products, axis=0)
 
 
 @triton.jit

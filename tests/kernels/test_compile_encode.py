@@ -42,6 +42,8 @@ MAIN = [
     {"kernel": "packed", "dim": 64, "bits": [4, 2], "arch": 90, "key": True},
     {"kernel": "packed", "dim": 128, "bits": [3, 3], "arch": 80, "key": True},
     {"kernel": "exact", "dim": 128, "bits": [3, 3], "arch": 90, "key": True},
+    {"kernel": "exact", "dim": 128, "bits": [3, 3], "arch": 90, "key": True, "few": True},
+    {"kernel": "merge", "dim": 256, "bits": [3, 3], "arch": 90, "key": True},
     *(
         {"kernel": "encode", "dim": 128, "bits": [b, b], "arch": 90, "key": b % 2 == 1, "feedback": True}
         for b in (2, 3, 4)
@@ -116,11 +118,15 @@ def _compile(case: dict):
         fn = getattr(extend_attention, f"{case['kernel']}_kernel")
         k_type, v_type, _ = extend_attention.operands(torch.bfloat16, False)
         constants |= {
-            "ROWS": 32, "K_BITS": k_bits, "V_BITS": v_bits, "K_ASM": levels.levels_asm(k_bits, True, k_type),
+            "K_BITS": k_bits, "V_BITS": v_bits, "K_ASM": levels.levels_asm(k_bits, True, k_type),
             "V_ASM": levels.levels_asm(v_bits, False, v_type), "CAP": False, "V_OPERAND": tl.bfloat16,
-            "PRECISION": "ieee", "LOGITS": False,
+            "PRECISION": "ieee", "LOGITS": False, "PDL": arch >= 90, "COLUMNS": 64 if dim <= 128 else 32,
+            "TOGETHER": 4 if dim <= 128 else 2,
         }  # fmt: skip
-        options = extend_attention.launch_options(dim, 4096, torch.bfloat16, SHARED[arch]).get(case["kernel"], options)
+        constants["ROWS"] = 32 if dim <= 128 else 16
+        few = case.get("few", False)
+        all_options = extend_attention.launch_options(dim, 4096, torch.bfloat16, SHARED[arch], few)
+        options = all_options.get(case["kernel"], options)
         optional = ("sink_logits",)
     constants |= dict.fromkeys(optional)
     constants |= {n: options[n] for n in options if n not in COMPILER}

@@ -35,6 +35,11 @@ def _signature(names: list[str], constants: dict, words: str, partial: str = "*f
     return signature, {(i,): [["tt.divisibility", 16]] for i in aligned}
 
 
+def _partial(case: dict) -> str:
+    """The type of partial outputs, as decode_attention allocates them for a 16-bit window unless the case says more."""
+    return case.get("partial") or ("*fp16" if case["head_dim"] > 64 else "*fp32")
+
+
 def _compile(case: dict):
     """Compile one kernel as decode_attention launches it."""
     import triton
@@ -61,7 +66,7 @@ def _compile(case: dict):
             "K_CONSTRAINTS": constraints(8, k_bits), "V_ASM": value_asm(v_bits),
             "V_CONSTRAINTS": constraints(16, v_bits), "num_warps": 1,
         }  # fmt: skip
-        signature, attrs = _signature(fn.arg_names, constants, "*i8", case.get("partial", "*fp16"))
+        signature, attrs = _signature(fn.arg_names, constants, "*i8", _partial(case))
         source = GluonASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
         return triton.compile(source, target=target, options={"num_warps": 1, "maxnreg": config.registers}), config
     if case["kernel"] == "merge":
@@ -77,7 +82,7 @@ def _compile(case: dict):
             "HAS_SINK": True,
             "PDL": case["arch"] >= 90, "num_warps": warps, "batch": 1,
         }  # fmt: skip
-        signature, attrs = _signature(fn.arg_names, constants, "*i8", case.get("partial", "*fp16"))
+        signature, attrs = _signature(fn.arg_names, constants, "*i8", _partial(case))
         source = GluonASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
         return triton.compile(source, target=target, options={"num_warps": warps}), None
     if case["kernel"] == "portable":
@@ -219,8 +224,8 @@ def test_gluon(name: str) -> None:
         assert loop.total() <= 12 * 32 * config["tiles"], "a step of 64 tokens takes 740 instructions"
 
 
-def merge(head_dim: int, rows: int, splits: int, arch: int = 90, chunks: int = 6, partial: str = "*fp16") -> dict:
-    """`rows` are the queries of all rows and heads."""
+def merge(head_dim: int, rows: int, splits: int, arch: int = 90, chunks: int = 6, partial: str = "") -> dict:
+    """`rows` are the queries of all rows and heads; partial: a type of partial outputs other than head_dim's own."""
     case = {"kernel": "merge", "arch": arch, "head_dim": head_dim, "group": 4}
     return case | {"rows": rows, "splits": splits, "chunks": chunks, "partial": partial}
 
@@ -231,7 +236,7 @@ MERGES = {
     "few rows, many splits": merge(128, 32, 128),
     "head_dim 32": merge(32, 32, 128),
     "head_dim 32, very many rows": merge(32, 20_000, 2, 80),
-    "head_dim 64": merge(64, 8, 100, 100, partial="*fp32"),
+    "head_dim 64": merge(64, 8, 100, 100),
     "head_dim 96": merge(96, 512, 12, 80),
     "head_dim 256": merge(256, 256, 15),
     "a wide window": merge(128, 64, 24, chunks=33),

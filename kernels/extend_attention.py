@@ -352,26 +352,30 @@ _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl
 def launch_options(
     dim: int, rows: int, dtype: torch.dtype, shared: int, few: bool = False
 ) -> dict[str, dict[str, int]]:
-    """Block sizes of the two attention kernels for `rows` = G * q_len query rows per KV head.
+    """Block sizes of the four kernels for `rows` = G * q_len query rows per KV head.
 
     shared: KiB of shared memory in a multiprocessor.  few: blocks of 128 rows would leave multiprocessors idle.
     """
     padded, wide = padded_dim(dim), shared >= WIDE
+    small = padded <= 128
+    both = {"ROWS": 32 if small else 16, "num_warps": 4, "num_stages": 1}
+    merge = {**both, "COLUMNS": 64 if small else 32, "TOGETHER": 4 if small else 2}
+    ends = {"rotate": {**both, "KC": 32}, "merge": merge}
     m = min(128, max(16, triton.next_power_of_2(rows)))
     if dtype == torch.float32:
         block = {"M": 16, "num_warps": 4, "num_stages": 1}
-        return {"packed": {**block, "TILES": 1}, "exact": {**block, "N": 32}}
+        return {**ends, "packed": {**block, "TILES": 1}, "exact": {**block, "N": 32}}
     if padded > 128 or not wide:
         m = min(m, 64)
     if wide:
         packed = {"M": min(m, 64), "TILES": 4 if padded <= 128 else 2, "num_warps": 4, "num_stages": 2}
     else:  # fewer registers hold one tile when the operands of mma.sync come from them
-        small = padded <= 64
-        packed = {"M": min(m, 64 if small else 32), "TILES": 2 if small else 1, "num_warps": 4, "num_stages": 2}
+        narrow = padded <= 64
+        packed = {"M": min(m, 64 if narrow else 32), "TILES": 2 if narrow else 1, "num_warps": 4, "num_stages": 2}
     if few:
         m = min(m, 64)
     exact = {"M": m, "N": 64 if padded <= 128 and not few else 32, "num_warps": 8 if m == 128 else 4}
-    return {"packed": packed, "exact": {**exact, "num_stages": 3 if padded <= 128 and wide else 2}}
+    return {**ends, "packed": packed, "exact": {**exact, "num_stages": 3 if padded <= 128 and wide else 2}}
 
 
 def extend_attention(
@@ -415,8 +419,7 @@ def extend_attention(
 
     # The first two launches run side by side: programmatic dependent launch, sm_90.
     pdl = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (9, 0)
-    rows = 32 if padded <= 128 else 16  # what registers hold
-    per_head = (batch * q_heads, triton.cdiv(q_len, rows))
+    per_head = (batch * q_heads, triton.cdiv(q_len, options["merge"]["ROWS"]))
     rotated, unit, bias = buffer(batch, q_heads, q_len, dim, dtype=k_type), buffer(*q.shape[:3]), buffer(*q.shape[:3])
     o_exact, lse_exact = buffer(*q.shape), buffer(*q.shape[:3])
     exact_kernel[(triton.cdiv(group * q_len, options["exact"]["M"]), batch * heads)](
@@ -429,7 +432,7 @@ def extend_attention(
 
     rotate_kernel[per_head](
         q, rotated, unit, bias, query_map, key_shift, *q.stride(), q_heads, group, q_len,
-        D=dim, DP=padded, KC=32, ROWS=rows, OPERAND=split_operand, PDL=pdl, num_warps=4, num_stages=1,
+        D=dim, DP=padded, OPERAND=split_operand, PDL=pdl, **options["rotate"],
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
@@ -451,7 +454,6 @@ def extend_attention(
     merge_kernel[per_head](
         o_exact, lse_exact, o_packed, lse_packed, sink_logits, out, output_map, value_shift, length, start,
         q_heads, group, q_len, splits, capacity, sinks, window,
-        D=dim, DP=padded, COLUMNS=64 if padded <= 128 else 32, ROWS=rows, TOGETHER=4 if padded <= 128 else 2,
-        LOGITS=sink_logits is not None, OPERAND=split_operand, num_warps=4, num_stages=1,
+        D=dim, DP=padded, LOGITS=sink_logits is not None, OPERAND=split_operand, **options["merge"],
     )  # fmt: skip
     return out

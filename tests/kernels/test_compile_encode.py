@@ -120,13 +120,10 @@ def _compile(case: dict):
         constants |= {
             "K_BITS": k_bits, "V_BITS": v_bits, "K_ASM": levels.levels_asm(k_bits, True, k_type),
             "V_ASM": levels.levels_asm(v_bits, False, v_type), "CAP": False, "V_OPERAND": tl.bfloat16,
-            "PRECISION": "ieee", "LOGITS": False, "PDL": arch >= 90, "COLUMNS": 64 if dim <= 128 else 32,
-            "TOGETHER": 4 if dim <= 128 else 2,
+            "PRECISION": "ieee", "LOGITS": False, "PDL": arch >= 90,
         }  # fmt: skip
-        constants["ROWS"] = 32 if dim <= 128 else 16
         few = case.get("few", False)
-        all_options = extend_attention.launch_options(dim, 4096, torch.bfloat16, SHARED[arch], few)
-        options = all_options.get(case["kernel"], options)
+        options = extend_attention.launch_options(dim, 4096, torch.bfloat16, SHARED[arch], few)[case["kernel"]]
         optional = ("sink_logits",)
     constants |= dict.fromkeys(optional)
     constants |= {n: options[n] for n in options if n not in COMPILER}

@@ -1,9 +1,7 @@
 """Conversion: load, calibrate, choose, verify, write.  The output is a checkpoint plain transformers can load too."""
 
-import json
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -20,22 +18,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from tq_ao import __version__, hf
 from tq_ao.cache import GENERATE_CACHE, TurboQuantCache, head_dim, kv_heads, longest_text, quantizable_layers
 from tq_ao.calibration.allocation import MIB, Memory
 from tq_ao.calibration.calibrate import calibrate
 from tq_ao.calibration.target import LOSSES, losses, missed
+from tq_ao.checkpoint import write
 from tq_ao.codebook import BITS
-from tq_ao.config import FORMAT, TRANSFORMS_FILE, LayerScheme, TurboQuantConfig
+from tq_ao.config import FORMAT, LayerScheme
 from tq_ao.errors import ModelError, TextError
 from tq_ao.evaluation.decode_kl import evaluate_caches, prove_packed
 from tq_ao.evaluation.setup import name_of, provenance
 from tq_ao.footprint import count, memory_budget
-from tq_ao.model_card import CARD, SIDECAR, model_card
 from tq_ao.models import ResolvedModel, resolve
-from tq_ao.quantizer import TurboQuantQuantizationConfig
 from tq_ao.recall import recall_windows
 from tq_ao.recipe import UNIFORM, Recipe
 from tq_ao.rotation import LayerMaps, MapSource
@@ -109,7 +105,10 @@ def convert(
     choose(job, journal=journal_path(output), progress=progress, say=say)
     verify(job, progress=progress, say=say)
     job.report.update(repo_id=repo_id or output.as_posix(), command=command, seconds=round(time.monotonic() - began, 1))
-    write(job, output)
+    write(
+        output, job.folder, job.model.turboquant.quantization, maps=job.maps, recipe=job.recipe.to_yaml(),
+        report=job.report, changed={},
+    )  # fmt: skip
     journal_path(output).unlink(missing_ok=True)
     say(f"written to {output}")
     return job.report
@@ -360,38 +359,3 @@ def _sample(job: Conversion, cache: TurboQuantCache) -> dict[str, str]:
     out = job.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     tail = job.tokenizer.decode(ids[0, -32:], skip_special_tokens=True)
     return {"prompt": tail, "text": job.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)}
-
-
-def write(job: Conversion, output: Path) -> None:
-    """Write the checkpoint beside `output`, then rename it into place."""
-    part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
-    try:
-        ours_to_write = (CARD, "config.json", "recipe.yaml", SIDECAR, TRANSFORMS_FILE)
-        for file in sorted(job.folder.iterdir()):
-            if file.is_file() and file.name not in ours_to_write and not file.name.startswith("."):
-                shutil.copyfile(file, part / file.name)
-        if (job.folder / CHAT_TEMPLATE_DIR).is_dir():  # other folders hold other things: training state, exports
-            shutil.copytree(job.folder / CHAT_TEMPLATE_DIR, part / CHAT_TEMPLATE_DIR)
-        quantization: TurboQuantConfig = job.model.turboquant.quantization
-        if job.maps is not None:
-            hf.save_transforms(part / TRANSFORMS_FILE, job.maps)
-        config = json.loads((job.folder / "config.json").read_text(encoding="utf-8"))
-        ours = TurboQuantQuantizationConfig(quantization.to_scheme()).to_dict()
-        existing = config.get("quantization_config") or {}
-        if existing.get("quant_method") == "torchao":
-            ours = {**existing, "kv_cache_scheme": ours["kv_cache_scheme"]}
-        config["quantization_config"] = ours
-        _dump(part / SIDECAR, job.report)
-        (part / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
-        (part / CARD).write_text(model_card(job.report), encoding="utf-8")
-        _dump(part / "config.json", config)  # last: until now nothing here loads, whatever interrupts
-        part.chmod(0o755)
-        if output.exists():
-            output.rmdir()
-        os.replace(part, output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _dump(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -25,7 +25,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"cache", "cache_layer", "attention"}, TORCH | {"transformers"}),
     (
         {"quantizer", "hf", "quantize", "embedded", "models", "text", "recall", "hub", "model_card", "footprint"}
-        | {"calibration", "evaluation", "checkpoint"},
+        | {"calibration", "evaluation", "checkpoint", "fold"},
         TRANSFORMERS | {"torchao", "gguf", "matplotlib"},
     ),
     ({"recipe", "recipe_table"}, {"yaml"}),

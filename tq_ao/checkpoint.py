@@ -25,6 +25,18 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".bin.index.json")
 
 
+def check_output(output: Path) -> None:
+    """Raise OSError or ValueError unless `output` can be created."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists; give another --output-dir or remove it")
+    parent = output.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"cannot write to {parent}; give another --output-dir")
+    with tempfile.TemporaryFile(dir=parent):
+        pass
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that from_pretrained reads.
 
@@ -72,6 +84,15 @@ def read_stored(file: Path, key: str) -> torch.Tensor:
     """One tensor, as it is stored."""
     with safe_open(file, "pt") as opened:
         return opened.get_tensor(key)
+
+
+def was_folded(folder: Path) -> bool:
+    """Whether a folder is a converted model whose weights hold folded value maps (see `tq_ao.fold`)."""
+    try:
+        report = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and (report.get("fold_kl") is not None or report.get("folded_base") is True)
 
 
 def overwrite(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -1,8 +1,6 @@
 """Conversion: load, calibrate, choose, verify, write.  The output is a checkpoint plain transformers can load too."""
 
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,22 +12,26 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
+    DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from tq_ao import __version__, hf
+from tq_ao import __version__, fold, hf
 from tq_ao.cache import GENERATE_CACHE, TurboQuantCache, head_dim, kv_heads, longest_text, quantizable_layers
 from tq_ao.calibration.allocation import MIB, Memory
 from tq_ao.calibration.calibrate import calibrate
 from tq_ao.calibration.target import LOSSES, losses, missed
-from tq_ao.checkpoint import write
+from tq_ao.checkpoint import check_output, find_stored, was_folded, write
 from tq_ao.codebook import BITS
 from tq_ao.config import FORMAT, LayerScheme
 from tq_ao.errors import ModelError, TextError
 from tq_ao.evaluation.decode_kl import evaluate_caches, prove_packed
+from tq_ao.evaluation.metrics import Metrics
 from tq_ao.evaluation.setup import name_of, provenance
+from tq_ao.fold import Folded
 from tq_ao.footprint import count, memory_budget
 from tq_ao.models import ResolvedModel, resolve
 from tq_ao.recall import recall_windows
@@ -51,6 +53,8 @@ class Conversion:
         schedule: layer -> (k_bits, v_bits).  maps: layer -> calibrated maps, or None.
         calibration, verification: int64 [n, N] windows.  recall: int64 [m, N] windows to calibrate on besides.
         memory: the recipe's `memory` in bytes, with the maps of random rotations; None: the budget is in bits.
+        stored: parameter that `fold_values` will change -> the file and key it is stored as.
+        folded: what `fold_values` has done, or None.
         report: everything measured, as written to JSON.
     """
 
@@ -65,6 +69,8 @@ class Conversion:
     memory: Memory | None = None
     schedule: dict[int, tuple[int, int]] = field(default_factory=dict)
     maps: dict[int, LayerMaps] | None = None
+    stored: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    folded: Folded | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -105,9 +111,10 @@ def convert(
     choose(job, journal=journal_path(output), progress=progress, say=say)
     verify(job, progress=progress, say=say)
     job.report.update(repo_id=repo_id or output.as_posix(), command=command, seconds=round(time.monotonic() - began, 1))
+    changed = {} if job.folded is None else {job.stored[name]: w for name, w in job.folded.weights.items()}
     write(
         output, job.folder, job.model.turboquant.quantization, maps=job.maps, recipe=job.recipe.to_yaml(),
-        report=job.report, changed={},
+        report=job.report, changed=changed,
     )  # fmt: skip
     journal_path(output).unlink(missing_ok=True)
     say(f"written to {output}")
@@ -117,18 +124,6 @@ def convert(
 def journal_path(output: Path) -> Path:
     """Where a killed calibration left its measurements: beside the output."""
     return output.with_name(f".{output.name}.calibration")
-
-
-def check_output(output: Path) -> None:
-    """Raise OSError or ValueError unless `output` can be created."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists; give another --output-dir or remove it")
-    parent = output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(parent, os.W_OK):
-        raise PermissionError(f"cannot write to {parent}; give another --output-dir")
-    with tempfile.TemporaryFile(dir=parent):
-        pass
 
 
 def load(
@@ -146,6 +141,7 @@ def load(
             f"those are {layers}"
         )
     memory = memory_of(recipe, config)
+    changing, prefix = fold.check_config(config, layers) if recipe.fold_values else ([], "")
     tokenizer = AutoTokenizer.from_pretrained(source.path_or_id, token=token)
     text = articles(recipe.calibration.source)
     if recipe.verification.source == recipe.calibration.source:
@@ -176,8 +172,14 @@ def load(
             raise ModelError(
                 f"the download of {source.path_or_id} broke off ({type(error).__name__}: {reason}); run again to go on"
             ) from error
+    stored = find_stored(folder, changing, prefix) if changing else {}
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).to(device).eval()
-    return Conversion(recipe, source, folder, model, tokenizer, calibration, recall, verification, memory)
+    if changing:
+        fold.check_path(model, layers, calibration[:1, :32])
+    return Conversion(
+        recipe, source, folder, model, tokenizer, calibration, recall, verification, memory, stored=stored,
+        report={"folded_base": was_folded(folder)},
+    )  # fmt: skip
 
 
 def without_cache_schedule(config: PreTrainedConfig) -> None:
@@ -273,18 +275,46 @@ def baseline(job: Conversion) -> LayerScheme:
     return [scheme for scheme, schedule in pairs if job.memory.total(schedule) <= room][-1]
 
 
+def fold_values(job: Conversion) -> None:
+    """Fold the value maps of the packed layers into the model, and say so in `maps`: none are left to a seed."""
+    config = job.model.config.get_text_config(decoder=True)
+    source, heads = MapSource(job.recipe.rotation, job.recipe.seed, job.maps), kv_heads(config)
+    packed = [i for i, pair in job.schedule.items() if not LayerScheme(*pair).exact]
+    maps = {i: source(i, heads, head_dim(config), torch.device("cpu")) for i in packed}
+    job.folded = fold.fold_(job.model, maps, job.stored)
+    job.maps = job.folded.maps
+
+
+def measure(job: Conversion, makers: dict[str, Callable[[], Cache]], progress: bool) -> dict[str, Metrics]:
+    """Metrics of caches against the exact one of the model as it was: with folded values, those of that as well.
+
+    Raises:
+        ModelError: folding changed what the model computes.
+    """
+    if job.folded is None:
+        return evaluate_caches(job.model, job.verification, makers, progress=progress)
+    makers = {**makers, "folded": lambda: DynamicCache(config=job.model.config)}
+    found = evaluate_caches(job.model, job.verification, makers, progress=progress, reference=job.folded.original)
+    job.report["fold_kl"] = fold.within_limit(found.pop("folded").kl)
+    return found
+
+
 def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None]) -> None:
     """Measure schedule and uniform baseline through the real cache on held-out text; drop a schedule that loses."""
     recipe, config, layers = job.recipe, job.model.config, quantizable_layers(job.model.config)
-    chosen = recipe.config(job.schedule)
+    chosen, calibrated = recipe.config(job.schedule), job.maps is not None
+    if recipe.fold_values:
+        fold_values(job)
     hf.attach(job.model, chosen, job.maps)
     base = baseline(job)
     uniform = recipe.config(dict.fromkeys(layers, (base.k_bits, base.v_bits)))
     plain, maps = MapSource(recipe.rotation, recipe.seed), job.model.turboquant.maps
-    makers = {"chosen": lambda: TurboQuantCache(config, chosen, maps)}
+    if job.folded is not None:
+        plain = fold.seen_through(plain, job.folded.by)
+    makers: dict[str, Callable[[], Cache]] = {"chosen": lambda: TurboQuantCache(config, chosen, maps)}
     if recipe.schedule != "uniform":
         makers["uniform"] = lambda: TurboQuantCache(config, uniform, plain)
-    measured = evaluate_caches(job.model, job.verification, makers, progress=progress)
+    measured = measure(job, makers, progress)
     fell_back = recipe.schedule == "auto" and not measured["chosen"].kl < measured["uniform"].kl  # NaN loses
     if fell_back:
         say(
@@ -292,7 +322,14 @@ def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None
             f"(KL {measured['uniform'].kl:.5f}) on held-out text: falling back to uniform"
         )
         job.schedule, job.maps, chosen = dict.fromkeys(layers, (base.k_bits, base.v_bits)), None, uniform
-        hf.attach(job.model, chosen, None)
+        calibrated = False
+        if job.folded is not None:  # with other maps: other weights, which are measured as they will be written
+            job.folded.undo()
+            fold_values(job)
+        hf.attach(job.model, chosen, job.maps)
+        if job.folded is not None:
+            again: Callable[[], Cache] = job.model.turboquant.make_cache
+            measured["uniform"] = measure(job, {"chosen": again}, progress)["chosen"]
         measured["chosen"] = measured["uniform"]
     result = measured["chosen"]
     held_out = losses(result)
@@ -319,7 +356,7 @@ def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None
         "of articles not used to choose",
         window=recipe.window, sinks=recipe.sinks, fell_back=fell_back, memory=recipe.memory,
         **{name: getattr(recipe, name) for name in LOSSES},
-        calibrated_maps=job.maps is not None, sample=sample,
+        calibrated_maps=calibrated, sample=sample,
         bytes_per_token=size, **origin, dtype=name_of(job.model.dtype),
     )  # fmt: skip
     if job.memory is not None:

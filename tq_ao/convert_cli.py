@@ -68,6 +68,11 @@ def parse(argv: Sequence[str] | None = None, program: str = PROGRAM) -> argparse
     p.add_argument(
         "--maps", choices=("auto", "plain"), help="calibrated maps, or TurboQuant's random rotations; default auto"
     )
+    p.add_argument(
+        "--fold-values", action=argparse.BooleanOptionalAction,
+        help="fold the value maps into v_proj and o_proj, whose weights are rewritten: other KV caches then hold "
+        "rotated values too; default no",
+    )  # fmt: skip
     p.add_argument("--window", type=int, help="newest tokens kept exact; default 128")
     p.add_argument("--sinks", type=int, help="first tokens kept exact; default 4")
     p.add_argument("--calibration", help="calibration and verification text: enwiki or a text file; default enwiki")
@@ -103,7 +108,7 @@ def settings(args: argparse.Namespace) -> recipe.Recipe:
     if args.target is not None and args.recipe is None:
         raise ValueError("expected --recipe with --target; targets are settings in a recipe, see recipes/README.md")
     base = recipe.load(recipe.find(args.recipe), args.target) if args.recipe else recipe.Recipe(model=args.model)
-    names = ("model", "bits", "memory", *LOSSES, "repair", "maps", "window", "sinks", "context", "seed")
+    names = ("model", "bits", "memory", *LOSSES, "repair", "maps", "fold_values", "window", "sinks", "context", "seed")
     changes = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.memory is not None:  # a budget takes the place of the recipe's
         changes.setdefault("bits", None)
@@ -172,6 +177,11 @@ def show(report: dict) -> None:
         print(
             f"  uniform {base['bits']:g}, random rotations: KL {base['kl']:.5f} +- {base['kl_stderr']:.5f}, "
             f"perplexity {base['ppl']:.3f}"
+        )
+    if report.get("fold_kl") is not None:
+        print(
+            f"value maps are folded into v_proj and o_proj: with an exact cache KL {report['fold_kl']:.7f} to the "
+            "original, which all figures compare with"
         )
     print(f"sample: ...{report['sample']['prompt'][-60:]!r} -> {report['sample']['text']!r}\n")
 

@@ -28,6 +28,8 @@ def model_card(report: Mapping[str, Any]) -> str:
             kl, ppl_before, ppl_after: next-token KL (nats) and perplexity, packed against exact cache.
             baseline_uniform: {"bits", "kl", "ppl"} of the uniform schedule on the same text.
             text, window, sinks: what it was measured on; exact recent tokens; exact first tokens.
+            fold_kl: KL of the model with folded value maps to the original, both with an exact cache.
+            folded_base: whether the values of the model it was made from had been folded before.
             cache: {"tokens", "bytes": {part: bytes}} of the cache of one text, counted from its tensors.
             versions: {"tq_ao": ..., "torch": ...}.
             sample: {"prompt", "text"}, a generation from the packed cache.
@@ -94,9 +96,23 @@ def _intro(report: Mapping[str, Any]) -> str:
     bits = report.get("average_bits")
     width = f"at {bits:.3g} bits per value" if bits is not None else "at a few bits per value"
     return (
-        f"# {_name(report)}\n\n{of} with a KV cache kept as packed TurboQuant codes {width}. The weights are "
-        "unchanged: what this repository adds is the schedule of the cache. Without `tq_ao` it loads as the original "
+        f"# {_name(report)}\n\n{of} with a KV cache kept as packed TurboQuant codes {width}. {_weights(report)} "
         "model, with one warning."
+    )
+
+
+def _weights(report: Mapping[str, Any]) -> str:
+    """What was done to them, up to the last two words of `_intro`."""
+    if report.get("fold_kl") is None and not report.get("folded_base"):
+        return (
+            "The weights are unchanged: what this repository adds is the schedule of the cache. Without `tq_ao` it "
+            "loads as the original"
+        )
+    kl = "" if report.get("fold_kl") is None else f" (next-token KL {report['fold_kl']:.2g} nats)"
+    return (
+        "The maps of its values are folded into the weights of `v_proj` and `o_proj`, all other weights are unchanged: "
+        "any KV cache holds mapped values, and the model computes what it did up to the rounding of those "
+        f"weights{kl}. Without `tq_ao` it loads as that equivalent of the original"
     )
 
 

@@ -61,6 +61,8 @@ class Recipe:
             word; "auto" schedules only.
         maps: "auto" calibrates maps and picks a variant per layer, "plain" keeps random rotations; read by "auto"
             schedules only.
+        fold_values: fold the value maps of packed layers into v_proj and o_proj (`tq_ao.fold`): the weights of these
+            are rewritten, and any KV cache holds the mapped values.
         window, sinks, rotation, seed: see TurboQuantConfig.
         context: tokens of the longest text that calibrated maps are to serve; None: what the model can read.  With a
             short one they are a little better on short texts, and fail beyond it.  Read as `maps` is.
@@ -78,6 +80,7 @@ class Recipe:
     max_ppl: float | None = None
     repair: int = 0
     maps: str = "auto"
+    fold_values: bool = False
     window: int = 128
     sinks: int = 4
     rotation: str = "hadamard"
@@ -91,6 +94,8 @@ class Recipe:
             raise ValueError(f"expected schedule auto, uniform, a file or a mapping of layers, got {self.schedule!r}")
         if self.maps not in ("auto", "plain"):
             raise ValueError(f"expected maps auto or plain, got {self.maps!r}")
+        if not isinstance(self.fold_values, bool):
+            raise ValueError(f"expected fold_values true or false, got {self.fold_values!r}")
         if self.memory is None and self.bits is None:
             object.__setattr__(self, "bits", 3.0)
         if self.memory is not None and self.bits is not None:

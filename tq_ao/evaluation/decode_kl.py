@@ -5,6 +5,7 @@ window, so within an aligned chunk the packed part is that of its first token.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from tqdm.auto import tqdm
@@ -24,6 +25,7 @@ def evaluate_caches(
     skip: int = SKIP,
     rows: int = 4,
     progress: bool = False,
+    reference: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, Metrics]:
     """Next-token metrics of several caches against the exact one, in one pass over the text.
 
@@ -35,6 +37,7 @@ def evaluate_caches(
         skip: first position evaluated.
         rows: windows per batch.
         progress: tqdm bar.
+        reference: makes a context in which the model is the one to compare with (see `fold.Folded.original`).
 
     Returns:
         name -> Metrics.
@@ -52,13 +55,14 @@ def evaluate_caches(
             caches = {name: make() for name, make in make_caches.items()}
             for at in steps:
                 piece = ids[:, at : at + chunk].to(device)
-                reference = model(piece, **{name_of_cache: exact}, use_cache=True).logits
+                with reference():
+                    wanted = model(piece, **{name_of_cache: exact}, use_cache=True).logits
                 positions = torch.arange(at, at + piece.shape[1])
                 kept = positions >= skip
                 for name, cache in caches.items():
                     logits = model(piece, **{name_of_cache: cache}, use_cache=True).logits
                     if kept.any():
-                        scores[name].append(score(reference[:, kept], logits[:, kept], ids, positions[kept]))
+                        scores[name].append(score(wanted[:, kept], logits[:, kept], ids, positions[kept]))
                 bar.update()
             for name, cache in caches.items():
                 if isinstance(cache, TurboQuantCache):

@@ -229,6 +229,19 @@ def test_model_card_body_has_the_command_the_measurements_and_the_schedule():
         assert line in card
 
 
+def test_model_card_says_what_became_of_the_weights():
+    card = model_card(REPORT)
+    assert "The weights are unchanged" in card and "folded" not in card and "loads as the original model, with" in card
+    for more, kl in (
+        ({"fold_kl": 1.2345e-5}, "(next-token KL 1.2e-05 nats)"),
+        ({"folded_base": True}, "weights. Without"),
+    ):
+        card = model_card({**REPORT, **more})
+        assert "The weights are unchanged" not in card and "folded into the weights of `v_proj` and `o_proj`" in card
+        assert kl in card and "Without `tq_ao` it loads as that equivalent of the original model, with one" in card
+    assert model_card({**REPORT, "folded_base": False}) == model_card(REPORT)
+
+
 @pytest.mark.parametrize("missing", sorted(REPORT))
 def test_model_card_renders_what_is_there(missing):
     report = {key: value for key, value in REPORT.items() if key != missing}

@@ -42,7 +42,7 @@ def test_it_says_everything_and_how_to_run_it(path):
     assert script.settings(args) == load(path)
     for changes in data["targets"].values():
         unsaid = {field.name for field in fields(Recipe)} - set(data) - set(changes)
-        assert unsaid <= {*LOSSES, "memory", "repair"}, "no hidden defaults"
+        assert unsaid <= {*LOSSES, "memory", "repair", "fold_values"}, "no hidden defaults"
 
 
 @every_recipe
@@ -159,6 +159,8 @@ def test_targets_change_what_they_name_and_nothing_else(tmp_path):
     within = replace(b, bits=None, memory=24.5)
     path.write_text(within.to_yaml())
     assert load(path) == within and yaml.safe_load(path.read_text())["bits"] is None
+    path.write_text(replace(b, fold_values=True).to_yaml())
+    assert load(path) == replace(b, fold_values=True) != b
     limited = replace(b, max_kl=0.01, max_ppl=1.0)
     path.write_text(limited.to_yaml())
     assert load(path) == limited and limited.limits == {"max_kl": 0.01, "max_ppl": 1.0} and not b.limits
@@ -197,6 +199,14 @@ def test_targets_change_what_they_name_and_nothing_else(tmp_path):
                 ("24 MiB", {}, "memory to be a number above 0, got '24 MiB'"),
                 (float("inf"), {}, "memory to be a number above 0, got inf"),
             )
+        ),
+        *(
+            (
+                {"targets": {"a": {"fold_values": value}}},
+                None,
+                f"target a: expected fold_values true or false, got {value!r}",
+            )
+            for value in ("yes please", 1, 0.0)
         ),
         ({"targets": {"a": {"calibration": {"lenght": 512}}}}, None, "target a: .*'lenght'"),
     ],

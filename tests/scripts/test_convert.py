@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DeepseekV3Config,
+    DynamicCache,
     GPT2Config,
     GPTNeoXConfig,
     OPTConfig,
@@ -28,15 +29,17 @@ from transformers import (
 
 import tq_ao.convert
 from tq_ao import convert_cli as script
-from tq_ao import footprint, generate_cli
+from tq_ao import fold, footprint, generate_cli
 from tq_ao.calibration.calibrate import CalibrationResult
 from tq_ao.calibration.transforms import VALUE_CHOICES
 from tq_ao.codebook import BITS
 from tq_ao.config import TRANSFORMS_FILE, LayerScheme
 from tq_ao.evaluation.evaluator import Evaluator
+from tq_ao.evaluation.metrics import SKIP, score, summarize
 from tq_ao.evaluation.setup import provenance
 from tq_ao.hf import static_length
 from tq_ao.recipe import Recipe, load
+from tq_ao.text import articles, split_articles, windows
 
 ROOT = Path(__file__).parents[2]
 FAST = "--max-seq-length 256 --calibration-windows 3 --verification-windows 2 --window 32 --bits 3".split()
@@ -230,6 +233,174 @@ def test_a_converted_model_can_be_converted_again(base, text, tmp_path):
     assert second["ppl_before"] == pytest.approx(first["ppl_before"]) and second["average_bits"] == 3.0
     scheme = json.loads((again / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
     assert scheme["num_bits"] == 3.0 and (again / "additional_chat_templates" / "tool.jinja").exists()
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, base, seed):
+    """The same Llama with a bias on values, in bfloat16 and several files, one of them of other software."""
+    folder = tmp_path_factory.mktemp("sharded") / "small"
+    torch.manual_seed(seed + 1)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = tiny.model("qwen2", vocab_size=len(tokenizer))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.bias.normal_()
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="100KB")
+    tokenizer.save_pretrained(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"the weights as they were")
+    return folder
+
+
+@torch.no_grad()
+def kl_between(a, b, ids):
+    """Mean KL of two models' predictions, with exact caches."""
+    p, q = (torch.log_softmax(model(ids, use_cache=False).logits, -1) for model in (a, b))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def packed_logits(model):
+    """Of the last 40 of 200 tokens, read from packed storage, and what `generate` goes on with."""
+    ids = torch.arange(200)[None]
+    cache = model.turboquant.make_cache()
+    with torch.no_grad():
+        model(ids[:, :160], **{tiny.CACHE: cache}, use_cache=True)
+        logits = model(ids[:, 160:], **{tiny.CACHE: cache}, use_cache=True).logits
+    assert all(layer.v_codes.any() for layer in cache.packed_layers())
+    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert isinstance(out[tiny.CACHE], tq_ao.TurboQuantCache)
+    return logits, out.sequences
+
+
+CHANGED = re.compile(r"model\.layers\.\d\.self_attn\.(v_proj\.(weight|bias)|o_proj\.weight)")
+
+
+@pytest.mark.parametrize("schedule", ["auto", "uniform"])
+def test_values_folded_into_the_weights(schedule, sharded, text, tmp_path, capsys):
+    code, out = run(sharded, text, tmp_path, "--schedule", schedule, "--fold-values")
+    assert code == 0 and load(out / "recipe.yaml").fold_values is True
+    report, printed = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
+    assert f"folded into v_proj and o_proj: with an exact cache KL {report['fold_kl']:.7f}" in printed
+    assert report["calibrated_maps"] == (schedule == "auto" and not report["fell_back"])
+    card = (out / "README.md").read_text()
+    assert "unchanged: what this" not in card and "folded into the weights of `v_proj` and `o_proj`" in card
+
+    shards = sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert len(shards) > 3 and not (out / "pytorch_model.bin").exists()
+    assert sorted(path.name for path in out.glob("*.safetensors")) == sorted([*shards, TRANSFORMS_FILE])
+    index = "model.safetensors.index.json"
+    assert (out / index).read_bytes() == (sharded / index).read_bytes()
+    changed = set()
+    for name in shards:
+        ours, theirs = (load_file(folder / name) for folder in (out, sharded))
+        length = 8 + int.from_bytes((sharded / name).read_bytes()[:8], "little")
+        assert (out / name).read_bytes()[:length] == (sharded / name).read_bytes()[:length], "names, dtypes, metadata"
+        differ = {key for key in ours if not torch.equal(ours[key], theirs[key])}
+        assert differ or (out / name).read_bytes() == (sharded / name).read_bytes()
+        changed |= differ
+    assert len(changed) == 9 and all(CHANGED.fullmatch(key) for key in changed)
+
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    for maps in model.turboquant.maps.calibrated.values():
+        assert torch.equal(maps.value, torch.eye(32).expand(2, 32, 32))
+        assert schedule == "auto" or (maps.output - maps.value).abs().max() < 1e-5
+    assert len(model.turboquant.maps.calibrated) == 3
+    original = AutoModelForCausalLM.from_pretrained(sharded, dtype=torch.float32)
+    assert 0 < kl_between(original, model, torch.arange(300)[None]) < 1e-3 > report["fold_kl"] > 0
+    if schedule == "auto":
+        check_reported_is_written(report, original, model, out, text)
+    else:
+        model.save_pretrained(tmp_path / "saved")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+        for a, b in zip(packed_logits(model), packed_logits(again), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_folded_model_can_be_folded_again(sharded, text, tmp_path):
+    assert run(sharded, text, tmp_path, "--schedule", "uniform", "--fold-values")[0] == 0
+    once, twice = tmp_path / "out", tmp_path / "twice"
+    flags = ["--schedule", "uniform", "--seed", "1", "--fold-values", "--output-dir", str(twice)]
+    assert run(once, text, tmp_path, *flags)[0] == 0
+    folders = (sharded, once, twice)
+    original, first, second = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in folders)
+    assert max(kl_between(original, model, torch.arange(300)[None]) for model in (first, second)) < 1e-3
+    weights = [model.model.layers[0].self_attn.v_proj.weight for model in (original, first, second)]
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    assert "are folded into the weights" in (twice / "README.md").read_text()
+
+
+def check_reported_is_written(report, original, model, out, text):
+    """Weights, maps and schedule as they load, measured once more against the model they came from."""
+    recipe = load(out / "recipe.yaml")
+    _, held_out = split_articles(articles(str(text)), recipe.seed)
+    ids = windows(AutoTokenizer.from_pretrained(out), held_out, recipe.verification.length, recipe.verification.windows)
+    exact, packed = DynamicCache(config=original.config), model.turboquant.make_cache()
+    scores = []
+    with torch.no_grad():
+        for at in range(0, ids.shape[1], 32):
+            logits = [
+                m(ids[:, at : at + 32], **{tiny.CACHE: cache}, use_cache=True).logits
+                for m, cache in ((original, exact), (model, packed))
+            ]
+            if at >= SKIP:
+                scores.append(score(*logits, ids, torch.arange(at, at + logits[0].shape[1])))
+    found = summarize(scores)
+    assert found.kl == pytest.approx(report["kl"], rel=1e-3)
+    assert found.ppl == pytest.approx(report["ppl_after"], rel=1e-4)
+    assert found.ppl_exact == pytest.approx(report["ppl_before"], rel=1e-4)
+
+
+def test_a_losing_schedule_is_folded_anew_as_uniform(base, text, tmp_path, monkeypatch):
+    def worst(model, windows, layers, **kwargs):
+        maps = {i: replace(m, value=2 * m.value, output=m.output / 2, query=0 * m.query) for i, m in layers.items()}
+        return CalibrationResult(dict.fromkeys(layers, (1, 1)), maps, {}, {}, 1.0)
+
+    monkeypatch.setattr(tq_ao.convert, "calibrate", worst)
+    code, out = run(base, text, tmp_path, "--fold-values")
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert code == 0 and report["fell_back"] and not report["calibrated_maps"]
+    assert report["kl"] == report["baseline_uniform"]["kl"] and abs(report["fold_kl"]) < 1e-6
+    code, _ = run(base, text, tmp_path, "--fold-values", "--schedule", "uniform", "--output-dir", str(tmp_path / "b"))
+    uniform = json.loads((tmp_path / "r.json").read_text())
+    assert code == 0 and uniform["kl"] == report["kl"] and uniform["fold_kl"] == report["fold_kl"]
+    for name in ("model.safetensors", TRANSFORMS_FILE):
+        assert (tmp_path / "b" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_fold_that_changes_the_model_is_not_written(base, text, tmp_path, capsys, monkeypatch):
+    right = fold.fold_value
+    monkeypatch.setattr(fold, "fold_value", lambda weight, value: right(weight, value.mT))
+    before = sorted(tmp_path.iterdir())
+    code, _ = run(base, text, tmp_path, "--schedule", "uniform", "--fold-values")
+    said = capsys.readouterr().err
+    assert code == 1 and "error: folding the value maps changed the model: expected a KL below 0.001" in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", ["fused", "bin"])
+def test_models_whose_values_cannot_be_folded(kind, base, text, tmp_path, capsys):
+    model = tiny.model("phi4_mini" if kind == "fused" else "llama", vocab_size=49152)
+    folder = tmp_path / "small"
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    model.config.save_pretrained(folder)
+    if kind == "bin":
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    code, out = run(folder, text, tmp_path, "--fold-values")
+    said = capsys.readouterr().err
+    wanted = {
+        "fused": "v_proj and o_proj as plain nn.Linear",
+        "bin": "weights in safetensors, model.safetensors missing",
+    }
+    assert code == 1 and not out.exists() and wanted[kind] in said and "Loading weights" not in said
+
+
+def test_folding_by_flag_and_by_recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: m\nfold_values: true\n")
+    for flags, wanted in (([], True), (["--no-fold-values"], False), (["--fold-values"], True)):
+        assert script.settings(script.parse(["--recipe", str(path), *flags])).fold_values is wanted
+    assert script.settings(script.parse(["m"])).fold_values is False
+    assert script.settings(script.parse(["m", "--fold-values"])).fold_values is True
 
 
 def test_a_window_longer_than_the_sample_and_json_on_standard_output(base, text, tmp_path, capsys):

@@ -29,6 +29,7 @@ MIN_STEPS, MIN_TILES = 3, 4  # softmax steps, and tiles, that are worth a progra
 MAX_SPLIT_TOKENS = 8192
 MAX_PAIRS = 65535  # programs along the second axis of a grid
 TILE = 32
+EXACT_COST = 0.6  # of an exact token against packed ones of as many bytes: all of a program's arrive at once
 
 
 def _gluon_obstacle(device: torch.device) -> str | None:
@@ -100,6 +101,8 @@ def merge_config(head_dim: int, rows: int, splits: int, multiprocessors: int) ->
         queries //= 2
     if padded == 128 and rows // queries >= 1.5 * multiprocessors:  # the map is read fewer times
         columns = 128
+    if padded == 128 and columns == 64 and queries >= 4 and 8 < splits <= 32:  # all at once, by half the programs
+        return MergeConfig(columns, 8, 1, 32)
     dim_warps = min(8 // queries, padded // 16)
     parts = 8 if splits <= 8 else 2048 * dim_warps // padded  # at most 64 numbers of them to a thread
     return MergeConfig(columns, queries, dim_warps, parts)
@@ -210,8 +213,9 @@ def decode_attention(
         chunk = 64 if half_precision or padded <= 128 else 32  # what shared memory holds
     chunks = triton.cdiv(exact_tokens, chunk)
     here = 0 if separate else chunks
-    # What an exact chunk is worth, by its bytes, in quarters of a step over packed tiles.
-    exact_quarters = round(4 * 4 * chunk * dim / (TILE * config.tiles * (dim * (k_bits + v_bits) / 8 + 4)))
+    # What an exact chunk is worth in quarters of a step over packed tiles.
+    step_bytes = TILE * config.tiles * (dim * (k_bits + v_bits) / 8 + 4)
+    exact_quarters = round(4 * EXACT_COST * 4 * chunk * dim / step_bytes)
     if use_gluon and splits * (4 * triton.cdiv(tiles, config.tiles) + exact_quarters * here) >= 2**31:
         most = 2**29 // splits * config.tiles * TILE  # what decode_gluon._first_step can count in 32 bits
         raise ValueError(
@@ -248,9 +252,11 @@ def decode_attention(
         from .decode_gluon import gluon_splits_kernel
         from .fragments import constraints, key_asm, value_asm
 
+        # Tensors that are not read must not make the kernel reserve shared memory for their type.
+        exact = (k_scales,) * 4 if separate else (k_sinks, v_sinks, k_recent, v_recent)
         gluon_splits_kernel[(splits, batch * heads, triton.cdiv(head_tiles, config.head_tiles))](
             rotated, bias, k_codes.view(torch.int8), k_scales, v_codes.view(torch.int8), v_scales,
-            q, k_sinks, v_sinks, k_recent, v_recent, length, start, split_o, split_ml, exact_o, exact_ml,
+            q, *exact, length, start, split_o, split_ml, exact_o, exact_ml,
             *key_strides, *value_strides, q.stride(0), q.stride(1), *sink_strides, *recent_strides,
             heads, sinks, window, capacity, splits, here, chunk, exact_quarters, factor, cap,
             G=group, D=dim, K_BITS=k_bits, V_BITS=v_bits, HT=config.head_tiles,

@@ -121,7 +121,7 @@ def encode_kernel(
         end = last
         if HERE:
             # (x - shift) @ map = x @ map - shift @ map
-            unit, remainder, shifted = survey(map, shift, D, DP, KC)
+            unit, remainder, shifted = survey(map, shift, D, DP, KC, DP > 128 and not (KEY or FEEDBACK))
             inverse = 1.0 / unit
             shifted = tl.reshape(arrange((shifted * inverse)[None, :], KEY, FEEDBACK), [DP])
             minus = shift_operand(shifted, OPERAND) if SHIFT_ROWS else -shifted
@@ -167,7 +167,7 @@ def encode_kernel(
                     soon = half + SOON
                     ahead = rows + (soon // 2 * TILES * 32 + soon % 2 * 8).to(tl.int64) * x_sn
                     _prefetch(ahead, always & (soon < 2 * end), D)
-                y = mapped_here(here, always, minus, m, m2, D, DP, OPERAND)
+                y = mapped_here(here, minus, m, m2, D, DP, OPERAND)
                 words0, scale0 = _put_half(
                     y, operand, words0, scale0, half, unit, words, scales, w_st, s_st, order, tile, TILES,
                     D, BITS, KEY, STEP, TILES, OPERAND,
@@ -202,7 +202,8 @@ def padded_dim(dim: int) -> int:
 def launch_options(dim: int, shared: int, feedback: bool) -> dict[str, int]:
     """Block sizes of `encode_kernel` on a chip with `shared` KiB of shared memory in a multiprocessor."""
     wide = shared >= WIDE
-    options = {"TILES": 4, "KC": 32, "num_warps": 4 if wide else 8, "HALVES": False, "SOON": 0, "SHIFT_ROWS": wide}
+    options = {"TILES": 4, "KC": 32, "num_warps": 4 if wide else 8, "HALVES": False, "SOON": 0}
+    options["SHIFT_ROWS"] = wide and dim != 128
     if dim > 256:  # what one block of 128 tokens has to exchange would not fit
         return {**options, "TILES": 2, "num_warps": 8, "num_stages": 1}
     if dim > 128:

@@ -51,15 +51,19 @@ def arranged(
 
 
 @triton.jit
-def _counts(more, other):
-    """How many of `more` are not zero, plus 2 ** 16 for each of `other` that is not."""
+def _any(more, other):
+    """Whether any of `more`, any of `other` is not zero: both counts in one sum."""
     tl.static_assert(more.shape[0] * more.shape[1] < 32768)
-    return tl.sum(tl.where(more != 0, 1, 0) + tl.where(other != 0, 65536, 0))
+    counts = tl.sum(tl.where(more != 0, 1, 0) + tl.where(other != 0, 65536, 0))
+    return counts % 65536 > 0, counts >= 65536
 
 
 @triton.jit
-def survey(map, shift, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
+def survey(map, shift, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, IN_LOOP: tl.constexpr):
     """One look at a map, ROWS rows at a time.
+
+    IN_LOOP: results are summed up in the loop, not after it.  Slower, but Triton 3.9 pipelines the loop over values of
+    256 dims that comes after this only so.
 
     Returns:
         c if all entries are +-c, else 1; whether an entry / that has a second bf16 part; shift @ map, float32 [DP].
@@ -74,19 +78,17 @@ def survey(map, shift, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
     for k in tl.range(0, DP, ROWS, num_stages=1, loop_unroll_factor=TOGETHER):
         m = load_map(map, k, D, DP, ROWS)
         bits = m.to(tl.int32, bitcast=True)
-        if DP <= 128:
+        if IN_LOOP:
+            more_here, other_here = _any(bits & 0xFFFF, (bits & 0x7FFFFFFF) ^ first)
+            any_more |= more_here
+            any_other |= other_here
+        else:
             more |= bits & 0xFFFF
             other |= (bits & 0x7FFFFFFF) ^ first
-        else:  # summed up after this loop, as above, blocks of 256 columns keep Triton 3.9 from pipelining the next
-            counts = _counts(bits & 0xFFFF, (bits & 0x7FFFFFFF) ^ first)
-            any_more |= counts % 65536 > 0
-            any_other |= counts >= 65536
         row = k + tl.arange(0, ROWS)
         products += tl.load(shift + row, mask=row < D, other=0.0)[:, None] * m
-    if DP <= 128:
-        counts = _counts(more, other)
-        any_more = counts % 65536 > 0
-        any_other = counts >= 65536
+    if not IN_LOOP:
+        any_more, any_other = _any(more, other)
     alike = (D == DP) & (any_other == 0) & (first > 0)
     unit = tl.where(alike, first.to(tl.float32, bitcast=True), 1.0)
     return unit, any_more & (alike == 0), tl.sum(products, axis=0)
@@ -94,9 +96,16 @@ def survey(map, shift, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def load_rows(rows, ok, first, D: tl.constexpr, K: tl.constexpr):
-    """Dims first .. first + K - 1 of the vectors at pointers rows [N], zero where not ok."""
+    """Dims first .. first + K - 1 of the vectors at pointers rows [N], zero where not ok (None: all are)."""
     dims = first + tl.arange(0, K)
-    return tl.load(rows[:, None] + dims[None, :], mask=ok[:, None] & (dims < D)[None, :], other=0.0)
+    at = rows[:, None] + dims[None, :]
+    if ok is not None:
+        x = tl.load(at, mask=ok[:, None] & (dims < D)[None, :], other=0.0)
+    elif D % K:
+        x = tl.load(at, mask=(dims < D)[None, :], other=0.0)
+    else:
+        x = tl.load(at)
+    return x
 
 
 @triton.jit
@@ -110,9 +119,9 @@ def shift_operand(shifted, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def minus_shift(ok, shift, OPERAND: tl.constexpr):
-    """Minus the mapped shift where ok [N], float32 [N, DP]: a product, as a vector would take up to 64 registers."""
-    ones = tl.where(ok[:, None] & (tl.arange(0, 16) < 3)[None, :], 1.0, 0.0)
+def minus_shift(shift, ROWS: tl.constexpr, OPERAND: tl.constexpr):
+    """Minus the mapped shift, float32 [ROWS, DP]: a product, as a vector would take up to 64 registers."""
+    ones = tl.where(tl.arange(0, 16)[None, :] < 3 + tl.zeros([ROWS, 1], tl.int32), 1.0, 0.0)
     return tl.dot(ones.to(tl.bfloat16).to(OPERAND), shift, input_precision="ieee")
 
 
@@ -129,19 +138,19 @@ def add_product(x, m, y, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def mapped_here(rows, ok, minus, m, m2, D: tl.constexpr, DP: tl.constexpr, OPERAND: tl.constexpr):
-    """`mapped` by a map in one part that stays in shared memory, m its first 128 rows, m2 the others.
+def mapped_here(rows, minus, m, m2, D: tl.constexpr, DP: tl.constexpr, OPERAND: tl.constexpr):
+    """`mapped`, all rows, by a map in one part that stays in shared memory, m its first 128 rows, m2 the others.
 
     minus: minus the mapped shift, float32 [DP], or as `shift_operand` makes it.
     """
     K: tl.constexpr = min(DP, 128)
     if len(minus.shape) == 1:
-        y = tl.where(ok[:, None], minus[None, :], 0.0)
+        y = tl.broadcast_to(minus[None, :], [rows.shape[0], DP])
     else:
-        y = minus_shift(ok, minus, OPERAND)
-    y = add_product(load_rows(rows, ok, 0, D, K), m, y, OPERAND)
+        y = minus_shift(minus, rows.shape[0], OPERAND)
+    y = add_product(load_rows(rows, None, 0, D, K), m, y, OPERAND)
     if DP > 128:
-        y = add_product(load_rows(rows, ok, 128, D, 128), m2, y, OPERAND)
+        y = add_product(load_rows(rows, None, 128, D, 128), m2, y, OPERAND)
     return y
 
 

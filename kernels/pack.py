@@ -49,12 +49,16 @@ def arrange(m, KEY: tl.constexpr, FEEDBACK: tl.constexpr):
 def load_feedback(feedback, h, D: tl.constexpr, DP: tl.constexpr, KEY: tl.constexpr, OPERAND: tl.constexpr):
     """Feedback of head h as dot operand [DP / 2, DP / 2], rows and columns in the order of half a product's."""
     HALF: tl.constexpr = DP // 2
-    half = tl.arange(0, HALF)
+    row = tl.arange(0, HALF)
+    column = tl.arange(0, HALF)
     if not KEY:
-        half = half // 8 * 8 + half % 2 * 4 + half // 2 % 4
-    inside = half < D // 2
-    at = feedback + h * (D // 2) * (D // 2) + (half[:, None] * (D // 2) + half[None, :])
-    f = tl.load(at, mask=inside[:, None] & inside[None, :], other=0.0)
+        row = row // 8 * 8 + row % 2 * 4 + row // 2 % 4
+    inside = (row < D // 2)[:, None] & (column < D // 2)[None, :]
+    f = tl.load(
+        feedback + h * (D // 2) * (D // 2) + (row[:, None] * (D // 2) + column[None, :]), mask=inside, other=0.0
+    )
+    if not KEY:  # here, not in the addresses, which stay consecutive
+        f = tl.reshape(tl.permute(tl.reshape(f, [HALF, HALF // 8, 2, 4]), (0, 1, 3, 2)), [HALF, HALF])
     return f.to(tl.bfloat16).to(OPERAND)
 
 
@@ -134,10 +138,13 @@ def quantize(y, feedback, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexp
         STEPS: tl.constexpr = 1 if BITS == 8 else (1 << BITS) - 1
         least = tl.where(inverse < 1e15, LEAST / tl.maximum(inverse * STEPS, 1e-30), 0.0)  # zeros stay zeros
         step = tl.maximum(product0 / square0 / (127 if BITS == 8 else 1), least)
-        error = even - c * step[:, None]
+        error = c * step[:, None] - even
         if not FUSED:  # the interpreter's conversion truncates
             error = (error.to(tl.int32, bitcast=True) + 32768 & -65536).to(tl.float32, bitcast=True)
-        odd = tl.dot(error.to(tl.bfloat16).to(OPERAND), feedback, odd, input_precision="ieee")
+        if D <= 128:  # a product of its own: into a part of the accumulator ptxas runs them one by one
+            odd = odd - tl.dot(error.to(tl.bfloat16).to(OPERAND), feedback, input_precision="ieee")
+        else:  # what registers hold
+            odd = tl.dot((-error).to(tl.bfloat16).to(OPERAND), feedback, odd, input_precision="ieee")
         rounded1, c = _nearest(odd, 1.0 / (tl.maximum(step, 1e-30) * STEPS), BITS, True, FUSED)
         product1, square1 = _products(odd, c, D // 2, BITS)
         rounded = _join_halves(rounded0, rounded1)

@@ -174,6 +174,7 @@ def _report(case: dict) -> dict:
     if fast:
         body = min(fast, key=len)
         count |= {"loop": len(body), "loop_stores": _count("STS|STSM", body), "loop_barriers": _count("BAR", body)}
+        count["loop_waits"] = sum("WARPGROUP.DEPBAR" in text for text in body)
     if case["kernel"] == "packed":  # keys and values of a block, in the loop and after it, of one thread
         from tq_ao.kernels import extend_attention
 
@@ -242,13 +243,15 @@ def test_codes_stay_in_the_registers_of_the_product(reports: list[dict]) -> None
     main = [r for r in reports if (r["kernel"], r["dim"], r["arch"]) == ("encode", 128, 90) and max(r["bits"]) < 8]
     assert len(main) >= 6
     for report in main:
-        # Quantising takes 8 to a number, packing 1; some is done once for two halves.  Comparing with thresholds and
-        # gathering codes took 23 to 35.
+        # Quantising takes 8 to a number, packing 1, and 1 starts the sum with the shift; some is done once for two
+        # halves.  Comparing with thresholds and gathering codes took 23 to 35.
         # Feedback takes 2 more (the error of half the numbers, in bf16, and halves that are reduced one by one), and no
         # more stores: the error goes from the accumulator of one product into the next in registers.
-        assert report["loop"] <= (16 if report.get("feedback") else 14) * 64, report
+        assert report["loop"] <= (17 if report.get("feedback") else 15) * 64, report
         # Scales, and what else is done once for two halves; codes would take 16 and more.
         assert report["loop_stores"] <= 8 and report["loop_barriers"] <= 6, report
+        # One for each product and one of tokens: ptxas may run the parts of a product one by one, waiting for each.
+        assert report["loop_waits"] <= 3, report
         # Two programs to a multiprocessor, so that one quantises while the other multiplies.
         assert report["shared"] <= 113 * 1024, report
 

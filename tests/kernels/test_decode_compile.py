@@ -234,6 +234,8 @@ MERGES = {
     "many rows": merge(128, 1024, 6),
     "very many rows": merge(128, 4096, 6),
     "few rows, many splits": merge(128, 32, 128),
+    "splits merged at once": merge(128, 256, 24),
+    "splits merged at once, a window that is not 16-bit": merge(128, 256, 24, partial="*fp32"),
     "head_dim 32": merge(32, 32, 128),
     "head_dim 32, very many rows": merge(32, 20_000, 2, 80),
     "head_dim 64": merge(64, 8, 100, 100),

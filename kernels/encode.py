@@ -19,20 +19,6 @@ WIDE = 200  # KiB of shared memory: a chip with wgmma or tcgen05
 
 
 @triton.jit
-def _prefetch(rows, ok, D: tl.constexpr):
-    """Start the vectors at pointers rows [N] on their way to L2, where ok [N]."""
-    LINE: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(D, LINE))
-    line = tl.arange(0, LINES)[None, :]
-    at = rows[:, None] + line * LINE
-    wanted = ok[:, None] & (line * LINE < D)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
-        [at.to(tl.int64), wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def counts(length, start, b, q, sinks, window):
     """Of row b: padding tokens among the q new ones, real tokens before, packed tokens before and after."""
     seen = tl.load(length).to(tl.int64)
@@ -66,8 +52,8 @@ def encode_kernel(
     x_sb, x_sh, x_sn, r_sb, r_sh, r_sn, w_sb, w_sh, w_st, s_sb, s_sh, s_st,
     heads, n, tiles, capacity, sinks, window, blocks,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr,
-    TILES: tl.constexpr, KC: tl.constexpr, HALVES: tl.constexpr, RING: tl.constexpr, AHEAD: tl.constexpr,
-    OPERAND: tl.constexpr, SOON: tl.constexpr, SHIFT_ROWS: tl.constexpr,
+    TILES: tl.constexpr, KC: tl.constexpr, HALVES: tl.constexpr, RING: tl.constexpr,
+    OPERAND: tl.constexpr, SHIFT_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Encode many tiles of one side (keys or values).
 
@@ -76,9 +62,8 @@ def encode_kernel(
 
     Grid: (B * H, chunks); a program encodes up to `blocks` blocks of TILES tiles, half a block (16 tokens of each tile)
     at a time.  A map in one bf16 part stays in shared memory for whole blocks (HERE: up to D = 128; at D = 256, for a
-    bf16 x, where it fits: HALVES); others are streamed.  AHEAD: tokens that are on their way to L2 while the map is
-    prepared; SOON: half blocks from the one that is encoded to the one that is sent for.  SHIFT_ROWS: the shift is
-    three rows more of the product.  feedback: of all heads, or None.
+    bf16 x, where it fits: HALVES); others are streamed.  SHIFT_ROWS: the shift is three rows more of the product.
+    feedback: of all heads, or None.
     """
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
@@ -106,13 +91,6 @@ def encode_kernel(
     last = tl.minimum(first + blocks, (count + TILES - 1) // TILES)
     if first < last:
         order = token_order(TILES, KEY)
-        if AHEAD:  # while the map is prepared
-            early = first * (TILES * 32) + tl.arange(0, AHEAD)
-            if RING:
-                wanted = (early >= fresh) & (early < count * 32)
-            else:
-                wanted = early < n
-            _prefetch(x + early.to(tl.int64) * x_sn, wanted, D)
         operand = None
         if FEEDBACK:
             operand = load_feedback(feedback, h, D, DP, KEY, OPERAND)
@@ -159,14 +137,9 @@ def encode_kernel(
             )  # fmt: skip
         if HERE:
             rows = x + order * x_sn
-            always = order >= 0
             for half in range(2 * begin, 2 * end):
                 tile = half // 2 * TILES
                 here = rows + (tile * 32 + half % 2 * 8).to(tl.int64) * x_sn
-                if AHEAD and SOON:
-                    soon = half + SOON
-                    ahead = rows + (soon // 2 * TILES * 32 + soon % 2 * 8).to(tl.int64) * x_sn
-                    _prefetch(ahead, always & (soon < 2 * end), D)
                 y = mapped_here(here, minus, m, m2, D, DP, OPERAND)
                 words0, scale0 = _put_half(
                     y, operand, words0, scale0, half, unit, words, scales, w_st, s_st, order, tile, TILES,
@@ -202,16 +175,15 @@ def padded_dim(dim: int) -> int:
 def launch_options(dim: int, shared: int, feedback: bool) -> dict[str, int]:
     """Block sizes of `encode_kernel` on a chip with `shared` KiB of shared memory in a multiprocessor."""
     wide = shared >= WIDE
-    options = {"TILES": 4, "KC": 32, "num_warps": 4 if wide else 8, "HALVES": False, "SOON": 0}
-    options["SHIFT_ROWS"] = wide and dim != 128
+    options = {"TILES": 4, "KC": 32, "num_warps": 4 if wide else 8, "HALVES": False, "SHIFT_ROWS": wide and dim != 128}
     if dim > 256:  # what one block of 128 tokens has to exchange would not fit
         return {**options, "TILES": 2, "num_warps": 8, "num_stages": 1}
     if dim > 128:
         if dim < 256 or shared < (WIDE if feedback else 160):
             return {**options, "num_stages": 2 if wide else 1}
         if feedback:  # no room for two stages of rows: twice the rows and warps instead
-            return {**options, "HALVES": True, "TILES": 8, "num_warps": 8, "num_stages": 1, "SOON": 1}
-        return {**options, "HALVES": True, "num_stages": 2 if wide else 1, "SOON": 1, "SHIFT_ROWS": True}
+            return {**options, "HALVES": True, "TILES": 8, "num_warps": 8, "num_stages": 1}
+        return {**options, "HALVES": True, "num_stages": 2 if wide else 1, "SHIFT_ROWS": True}
     return {**options, "num_stages": 3 if wide or dim in (32, 64) else 2}
 
 
@@ -236,7 +208,7 @@ def encode_many(x, ring, codes, scales, map, shift, feedback, length, start, til
         *scales.stride()[:3],
         heads, n, codes.shape[2], ring.shape[2] if ring is not None else 1, sinks, window, per_program,
         D=dim, DP=padded_dim(dim), BITS=book.bits, KEY=key, STEP=book.step, RING=ring is not None,
-        AHEAD=256 if x.is_cuda and torch.version.hip is None else 0, OPERAND=operand_type(), **options,
+        OPERAND=operand_type(), **options,
     )  # fmt: skip
 
 

@@ -108,7 +108,7 @@ def _compile(case: dict):
         if case["kernel"] == "encode":
             options = encode.launch_options(dim, SHARED[arch], case.get("feedback", False))
         constants |= {
-            "BITS": k_bits, "KEY": case["key"], "STEP": key.step, "RING": case["key"], "AHEAD": 256, "Q": 1,
+            "BITS": k_bits, "KEY": case["key"], "STEP": key.step, "RING": case["key"], "Q": 1,
             "ROWS": 32, "K_BITS": k_bits, "V_BITS": v_bits, "K_STEP": key.step, "V_STEP": value.step,
         }  # fmt: skip
         optional = () if case["key"] or case["kernel"] != "encode" else ("ring", "length", "start")

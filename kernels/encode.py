@@ -53,7 +53,7 @@ def encode_kernel(
     heads, n, tiles, capacity, sinks, window, blocks,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr,
     TILES: tl.constexpr, KC: tl.constexpr, HALVES: tl.constexpr, RING: tl.constexpr,
-    OPERAND: tl.constexpr, SHIFT_ROWS: tl.constexpr,
+    OPERAND: tl.constexpr, SHIFT_ROWS: tl.constexpr, IN_LOOP: tl.constexpr,
 ):  # fmt: skip
     """Encode many tiles of one side (keys or values).
 
@@ -63,7 +63,7 @@ def encode_kernel(
     Grid: (B * H, chunks); a program encodes up to `blocks` blocks of TILES tiles, half a block (16 tokens of each tile)
     at a time.  A map in one bf16 part stays in shared memory for whole blocks (HERE: up to D = 128; at D = 256, for a
     bf16 x, where it fits: HALVES); others are streamed.  SHIFT_ROWS: the shift is three rows more of the product.
-    feedback: of all heads, or None.
+    IN_LOOP: for values without feedback, see `survey`.  feedback: of all heads, or None.
     """
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
@@ -99,7 +99,7 @@ def encode_kernel(
         end = last
         if HERE:
             # (x - shift) @ map = x @ map - shift @ map
-            unit, remainder, shifted = survey(map, shift, D, DP, KC, DP > 128 and not (KEY or FEEDBACK))
+            unit, remainder, shifted = survey(map, shift, D, DP, KC, IN_LOOP and not (KEY or FEEDBACK))
             inverse = 1.0 / unit
             shifted = tl.reshape(arrange((shifted * inverse)[None, :], KEY, FEEDBACK), [DP])
             minus = shift_operand(shifted, OPERAND) if SHIFT_ROWS else -shifted
@@ -175,7 +175,8 @@ def padded_dim(dim: int) -> int:
 def launch_options(dim: int, shared: int, feedback: bool) -> dict[str, int]:
     """Block sizes of `encode_kernel` on a chip with `shared` KiB of shared memory in a multiprocessor."""
     wide = shared >= WIDE
-    options = {"TILES": 4, "KC": 32, "num_warps": 4 if wide else 8, "HALVES": False, "SHIFT_ROWS": wide and dim != 128}
+    options = {"TILES": 4, "KC": 32, "num_warps": 4 if wide else 8, "HALVES": False, "IN_LOOP": False}
+    options["SHIFT_ROWS"] = wide and dim != 128
     if dim > 256:  # what one block of 128 tokens has to exchange would not fit
         return {**options, "TILES": 2, "num_warps": 8, "num_stages": 1}
     if dim > 128:
@@ -183,7 +184,7 @@ def launch_options(dim: int, shared: int, feedback: bool) -> dict[str, int]:
             return {**options, "num_stages": 2 if wide else 1}
         if feedback:  # no room for two stages of rows: twice the rows and warps instead
             return {**options, "HALVES": True, "TILES": 8, "num_warps": 8, "num_stages": 1}
-        return {**options, "HALVES": True, "num_stages": 2 if wide else 1, "SHIFT_ROWS": True}
+        return {**options, "HALVES": True, "IN_LOOP": wide, "num_stages": 2 if wide else 1}
     return {**options, "num_stages": 3 if wide or dim in (32, 64) else 2}
 
 

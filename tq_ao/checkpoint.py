@@ -53,6 +53,16 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def other_weights(folder: Path) -> list[Path]:
+    """Weights in files that from_pretrained does not read (PyTorch's, say): they would not go with folded values.
+
+    Raises:
+        ModelError: see `weight_files`.
+    """
+    read = weight_files(folder)
+    return [file for file in sorted(folder.iterdir()) if file.name.endswith(_WEIGHTS) and file not in read]
+
+
 def find_stored(folder: Path, names: Iterable[str], prefix: str) -> dict[str, tuple[Path, str]]:
     """Where the parameters of a model are stored.
 
@@ -137,16 +147,14 @@ def write(
         quantization: the resolved schedule.
         maps: of its transforms file, or None.
         recipe: YAML.  report: everything measured.
-        changed: (file, key) in `base` -> the tensor to store there instead.  With any, weights in other files than
-            from_pretrained reads (PyTorch's, say) are left out: they would not go with the maps.
+        changed: (file, key) in `base` -> the tensor to store there instead.  With any, `other_weights` are left out.
     """
     part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
     try:
         ours_to_write = (CARD, "config.json", "recipe.yaml", SIDECAR, TRANSFORMS_FILE)
-        read = weight_files(base) if changed else []
+        stale = other_weights(base) if changed else []
         for file in sorted(base.iterdir()):
-            stale = changed and file not in read and file.name.endswith(_WEIGHTS)
-            if file.is_file() and file.name not in ours_to_write and not file.name.startswith(".") and not stale:
+            if file.is_file() and file.name not in ours_to_write and file.name[0] != "." and file not in stale:
                 shutil.copyfile(file, part / file.name)
         for file in {file for file, _ in changed}:
             overwrite(part / file.name, {key: tensor for (of, key), tensor in changed.items() if of == file})

@@ -24,7 +24,7 @@ from tq_ao.cache import GENERATE_CACHE, TurboQuantCache, head_dim, kv_heads, lon
 from tq_ao.calibration.allocation import MIB, Memory
 from tq_ao.calibration.calibrate import calibrate
 from tq_ao.calibration.target import LOSSES, losses, missed
-from tq_ao.checkpoint import check_output, find_stored, was_folded, write
+from tq_ao.checkpoint import check_output, find_stored, other_weights, was_folded, write
 from tq_ao.codebook import BITS
 from tq_ao.config import FORMAT, LayerScheme
 from tq_ao.errors import ModelError, TextError
@@ -112,6 +112,8 @@ def convert(
     verify(job, progress=progress, say=say)
     job.report.update(repo_id=repo_id or output.as_posix(), command=command, seconds=round(time.monotonic() - began, 1))
     changed = {} if job.folded is None else {job.stored[name]: w for name, w in job.folded.weights.items()}
+    if changed and (left := [file.name for file in other_weights(job.folder)]):
+        say(f"left out {', '.join(left)}: not the weights that the value maps are folded into")
     write(
         output, job.folder, job.model.turboquant.quantization, maps=job.maps, recipe=job.recipe.to_yaml(),
         report=job.report, changed=changed,

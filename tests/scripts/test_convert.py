@@ -279,7 +279,9 @@ CHANGED = re.compile(r"model\.layers\.\d\.self_attn\.(v_proj\.(weight|bias)|o_pr
 def test_values_folded_into_the_weights(schedule, sharded, text, tmp_path, capsys):
     code, out = run(sharded, text, tmp_path, "--schedule", schedule, "--fold-values")
     assert code == 0 and load(out / "recipe.yaml").fold_values is True
-    report, printed = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
+    report, (printed, told) = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr()
+    assert "left out pytorch_model.bin" in told
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "all files for the same readers"
     assert f"folded into v_proj and o_proj: with an exact cache KL {report['fold_kl']:.7f}" in printed
     assert report["calibrated_maps"] == (schedule == "auto" and not report["fell_back"])
     card = (out / "README.md").read_text()

@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .encode import TILE, as_words, contiguous, counts, encode_many, operand_type, padded_dim, unit_stride
+from .encode import TILE, as_words, counts, encode_many, operand_type, padded_dim, unit_stride
 from .mapped import mapped
+from .operands import check, contiguous
 from .pack import get_words, load_feedback, put_scales, put_words, quantize, token_order
 
 STEP_TOKENS = 32  # appends up to this long fill at most one tile and cannot overwrite ring slots that are leaving
@@ -137,14 +138,17 @@ def append_(
     k: torch.Tensor, v: torch.Tensor, length: torch.Tensor, start: torch.Tensor,
     key_map: torch.Tensor, key_shift: torch.Tensor, value_map: torch.Tensor, value_shift: torch.Tensor,
     window: int, key_book, value_book, key_feedback: torch.Tensor | None = None,
-    value_feedback: torch.Tensor | None = None,
+    value_feedback: torch.Tensor | None = None, key_operands: torch.Tensor | None = None,
+    value_operands: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Append tokens to a layer's cache in place, as `reference.append_`, without a host synchronisation.
 
-    Tiles beyond the capacity of `k_codes` are dropped.
+    Tiles beyond the capacity of `k_codes` are dropped.  Operands are read by appends of more than STEP_TOKENS tokens,
+    and made by those where they are None.
 
     Raises:
-        ValueError: a ring shorter than window + 64, tokens of another dtype, or strides that a kernel cannot follow.
+        ValueError: a ring shorter than window + 64, tokens of another dtype, strides that a kernel cannot follow, or
+            operands of other maps, by their shape or type.
     """
     batch, heads, q, dim = k.shape
     capacity, sinks = k_recent.shape[2], k_sinks.shape[2]
@@ -158,6 +162,10 @@ def append_(
         raise ValueError(
             f"expected new tokens of the ring's dtype {k_recent.dtype}, got {k.dtype} and {v.dtype}; convert them first"
         )
+    if key_operands is not None:
+        check(key_operands, key_shift, key_feedback, "key")
+    if value_operands is not None:
+        check(value_operands, value_shift, value_feedback, "value")
     k, v = unit_stride(k), unit_stride(v)
     key = key_map.contiguous(), key_shift.contiguous(), contiguous(key_feedback)
     value = value_map.contiguous(), value_shift.contiguous(), contiguous(value_feedback)
@@ -175,8 +183,9 @@ def append_(
         )  # fmt: skip
         return
     tiles = triton.cdiv(q, TILE)
-    encode_many(k, k_recent, k_codes, k_scales, *key, length, start, tiles, sinks, window, True, key_book)
-    encode_many(v, v_recent, v_codes, v_scales, *value, length, start, tiles, sinks, window, False, value_book)
+    place = length, start, tiles, sinks, window
+    encode_many(k, k_recent, k_codes, k_scales, *key, key_operands, *place, "key", key_book)
+    encode_many(v, v_recent, v_codes, v_scales, *value, value_operands, *place, "value", value_book)
     if k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()
     rows = 32

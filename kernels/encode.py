@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .mapped import arranged, map_operands, mapped, mapped_here, shift_operand, survey
-from .pack import arrange, get_words, load_feedback, put_scales, put_words, quantize, token_order
+from .mapped import mapped, mapped_here, shift_operand
+from .operands import feedback_at, load_shift, load_square, padded_dim, prepared, size
+from .pack import get_words, put_scales, put_words, quantize, token_order
 
 TILE = 32
 RESIDENT = {32: 4, 64: 4, 128: 2}  # programs to a multiprocessor; larger dims: 1
@@ -48,12 +49,12 @@ def _put_half(
 
 @triton.jit(do_not_specialize=["n", "tiles"])
 def encode_kernel(
-    x, ring, words, scales, map, shift, feedback, length, start,
+    x, ring, words, scales, map, shift, operands, length, start,
     x_sb, x_sh, x_sn, r_sb, r_sh, r_sn, w_sb, w_sh, w_st, s_sb, s_sh, s_st,
     heads, n, tiles, capacity, sinks, window, blocks,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr,
-    TILES: tl.constexpr, KC: tl.constexpr, HALVES: tl.constexpr, RING: tl.constexpr,
-    OPERAND: tl.constexpr, SHIFT_ROWS: tl.constexpr, IN_LOOP: tl.constexpr,
+    FEEDBACK: tl.constexpr, TILES: tl.constexpr, KC: tl.constexpr, HALVES: tl.constexpr, RING: tl.constexpr,
+    OPERAND: tl.constexpr, SHIFT_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Encode many tiles of one side (keys or values).
 
@@ -63,7 +64,7 @@ def encode_kernel(
     Grid: (B * H, chunks); a program encodes up to `blocks` blocks of TILES tiles, half a block (16 tokens of each tile)
     at a time.  A map in one bf16 part stays in shared memory for whole blocks (HERE: up to D = 128; at D = 256, for a
     bf16 x, where it fits: HALVES); others are streamed.  SHIFT_ROWS: the shift is three rows more of the product.
-    IN_LOOP: for values without feedback, see `survey`.  feedback: of all heads, or None.
+    operands: of `prepare`, with FEEDBACK or without.
     """
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
@@ -72,6 +73,7 @@ def encode_kernel(
     scales += b * s_sb + h * s_sh
     map += h * D * D
     shift += h * D
+    operands += h * size(DP, FEEDBACK)
     if RING:
         ring += b * r_sb + h * r_sh
         skip, before, old, new = counts(length, start, b, n, sinks, window)
@@ -86,28 +88,26 @@ def encode_kernel(
     else:
         count = (n + 31) // 32
     HERE: tl.constexpr = DP <= 128 or (HALVES and x.dtype.element_ty == tl.bfloat16)
-    FEEDBACK: tl.constexpr = feedback is not None
     first = tl.program_id(1) * blocks
     last = tl.minimum(first + blocks, (count + TILES - 1) // TILES)
     if first < last:
         order = token_order(TILES, KEY)
         operand = None
         if FEEDBACK:
-            operand = load_feedback(feedback, h, D, DP, KEY, OPERAND)
+            operand = load_square(operands + feedback_at(DP), DP // 2, DP // 2, OPERAND)
         # Blocks begin .. end - 1 are whole and all in x, and meet a map in one part; others stream the map, with masks.
         begin = last
         end = last
         if HERE:
             # (x - shift) @ map = x @ map - shift @ map
-            unit, remainder, shifted = survey(map, shift, D, DP, KC, IN_LOOP and not (KEY or FEEDBACK))
-            inverse = 1.0 / unit
-            shifted = tl.reshape(arrange((shifted * inverse)[None, :], KEY, FEEDBACK), [DP])
-            minus = shift_operand(shifted, OPERAND) if SHIFT_ROWS else -shifted
-            m, _low = map_operands(arranged(map, 0, D, DP, min(DP, 128), KEY, FEEDBACK), unit, inverse, OPERAND)
+            minus, unit, remainder = load_shift(operands, DP, FEEDBACK)
+            if SHIFT_ROWS:
+                minus = shift_operand(minus, OPERAND)
+            m = load_square(operands, min(DP, 128), DP, OPERAND)
             m2 = None
             if DP > 128:
-                m2, _low2 = map_operands(arranged(map, 128, D, DP, 128, KEY, FEEDBACK), unit, inverse, OPERAND)
-            if not remainder:
+                m2 = load_square(operands + 128 * DP, 128, DP, OPERAND)
+            if remainder == 0:
                 if RING:
                     begin = tl.minimum(tl.maximum((fresh + TILES * 32 - 1) // (TILES * 32), first), last)
                     end = tl.minimum(tl.maximum(count // TILES, begin), last)
@@ -164,18 +164,10 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def contiguous(feedback: torch.Tensor | None) -> torch.Tensor | None:
-    return None if feedback is None else feedback.contiguous()
-
-
-def padded_dim(dim: int) -> int:
-    return max(32, triton.next_power_of_2(dim))
-
-
 def launch_options(dim: int, shared: int, feedback: bool) -> dict[str, int]:
     """Block sizes of `encode_kernel` on a chip with `shared` KiB of shared memory in a multiprocessor."""
     wide = shared >= WIDE
-    options = {"TILES": 4, "KC": 32, "num_warps": 4 if wide else 8, "HALVES": False, "IN_LOOP": False}
+    options = {"TILES": 4, "KC": 32, "num_warps": 4 if wide else 8, "HALVES": False}
     options["SHIFT_ROWS"] = wide and dim != 128
     if dim > 256:  # what one block of 128 tokens has to exchange would not fit
         return {**options, "TILES": 2, "num_warps": 8, "num_stages": 1}
@@ -184,7 +176,7 @@ def launch_options(dim: int, shared: int, feedback: bool) -> dict[str, int]:
             return {**options, "num_stages": 2 if wide else 1}
         if feedback:  # no room for two stages of rows: twice the rows and warps instead
             return {**options, "HALVES": True, "TILES": 8, "num_warps": 8, "num_stages": 1}
-        return {**options, "HALVES": True, "IN_LOOP": wide, "num_stages": 2 if wide else 1}
+        return {**options, "HALVES": True, "num_stages": 2 if wide else 1}
     return {**options, "num_stages": 3 if wide or dim in (32, 64) else 2}
 
 
@@ -195,27 +187,31 @@ def shared_kib(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor // 1024
 
 
-def encode_many(x, ring, codes, scales, map, shift, feedback, length, start, tiles, sinks, window, key, book):
+def encode_many(
+    x, ring, codes, scales, map, shift, feedback, operands, length, start, tiles, sinks, window, role, book
+):
     """Launch `encode_kernel` over at most `tiles` tiles per row and head."""
     batch, heads, n, dim = x.shape
+    operands = prepared(operands, map, shift, feedback, role)
     words = as_words(codes, scales)
     options = launch_options(dim, shared_kib(x.device), feedback is not None)
     blocks = triton.cdiv(tiles, options["TILES"])
     cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
     per_program = max(1, triton.cdiv(blocks * batch * heads, RESIDENT.get(padded_dim(dim), 1) * cores))
     encode_kernel[(batch * heads, triton.cdiv(blocks, per_program))](
-        x, ring, words, scales, map, shift, feedback, length, start,
+        x, ring, words, scales, map, shift, operands, length, start,
         *x.stride()[:3], *(ring.stride()[:3] if ring is not None else (0, 0, 0)), *words.stride()[:3],
         *scales.stride()[:3],
         heads, n, codes.shape[2], ring.shape[2] if ring is not None else 1, sinks, window, per_program,
-        D=dim, DP=padded_dim(dim), BITS=book.bits, KEY=key, STEP=book.step, RING=ring is not None,
-        OPERAND=operand_type(), **options,
+        D=dim, DP=padded_dim(dim), BITS=book.bits, KEY=role == "key", STEP=book.step,
+        FEEDBACK=feedback is not None, RING=ring is not None, OPERAND=operand_type(), **options,
     )  # fmt: skip
 
 
 def encode(
-    x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, book, role: str, feedback: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, book, role: str, feedback: torch.Tensor | None = None,
+    operands: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Map, quantise and pack x, as `reference.encode`.
 
     Args:
@@ -224,9 +220,13 @@ def encode(
         book: codebook with fields bits and step.
         role: "key" or "value".
         feedback: float32 [H, D / 2, D / 2], multiplied as bf16, or None.
+        operands: what `prepare` makes of map, shift and feedback, or None: made here, one launch more.
 
     Returns:
         codes uint8 [B, H, T, 32 * D * bits / 8] and scales float16 [B, H, T, 32], T = ceil(N / 32).
+
+    Raises:
+        ValueError: operands of other maps, by their shape or type.
     """
     batch, heads, n, dim = x.shape
     tiles = triton.cdiv(n, TILE)
@@ -234,6 +234,6 @@ def encode(
     scales = torch.empty(batch, heads, tiles, TILE, dtype=torch.float16, device=x.device)
     if codes.numel():
         x = unit_stride(x)
-        map, shift, feedback = map.contiguous(), shift.contiguous(), contiguous(feedback)
-        encode_many(x, None, codes, scales, map, shift, feedback, None, None, tiles, 0, 0, role == "key", book)
+        map, shift = map.contiguous(), shift.contiguous()
+        encode_many(x, None, codes, scales, map, shift, feedback, operands, None, None, tiles, 0, 0, role, book)
     return codes, scales

@@ -51,50 +51,6 @@ def arranged(
 
 
 @triton.jit
-def _any(more, other):
-    """Whether any of `more`, any of `other` is not zero: both counts in one sum."""
-    tl.static_assert(more.shape[0] * more.shape[1] < 32768)
-    counts = tl.sum(tl.where(more != 0, 1, 0) + tl.where(other != 0, 65536, 0))
-    return counts % 65536 > 0, counts >= 65536
-
-
-@triton.jit
-def survey(map, shift, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, IN_LOOP: tl.constexpr):
-    """One look at a map, ROWS rows at a time.
-
-    IN_LOOP: results are summed up in the loop, not after it.  Slower, but Triton 3.9 pipelines the loop over values of
-    256 dims that comes after this only so.
-
-    Returns:
-        c if all entries are +-c, else 1; whether an entry / that has a second bf16 part; shift @ map, float32 [DP].
-    """
-    first = tl.load(map).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    more = tl.zeros([ROWS, DP], tl.int32)
-    other = tl.zeros([ROWS, DP], tl.int32)
-    any_more = False
-    any_other = False
-    products = tl.zeros([ROWS, DP], tl.float32)
-    TOGETHER: tl.constexpr = max(1, min(DP // ROWS, 512 // DP))  # what registers hold
-    for k in tl.range(0, DP, ROWS, num_stages=1, loop_unroll_factor=TOGETHER):
-        m = load_map(map, k, D, DP, ROWS)
-        bits = m.to(tl.int32, bitcast=True)
-        if IN_LOOP:
-            more_here, other_here = _any(bits & 0xFFFF, (bits & 0x7FFFFFFF) ^ first)
-            any_more |= more_here
-            any_other |= other_here
-        else:
-            more |= bits & 0xFFFF
-            other |= (bits & 0x7FFFFFFF) ^ first
-        row = k + tl.arange(0, ROWS)
-        products += tl.load(shift + row, mask=row < D, other=0.0)[:, None] * m
-    if not IN_LOOP:
-        any_more, any_other = _any(more, other)
-    alike = (D == DP) & (any_other == 0) & (first > 0)
-    unit = tl.where(alike, first.to(tl.float32, bitcast=True), 1.0)
-    return unit, any_more & (alike == 0), tl.sum(products, axis=0)
-
-
-@triton.jit
 def load_rows(rows, ok, first, D: tl.constexpr, K: tl.constexpr):
     """Dims first .. first + K - 1 of the vectors at pointers rows [N], zero where not ok (None: all are)."""
     dims = first + tl.arange(0, K)
@@ -109,10 +65,10 @@ def load_rows(rows, ok, first, D: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def shift_operand(shifted, OPERAND: tl.constexpr):
-    """Minus shifted float32 [DP] as three bf16 numbers below each other, the first rows of an operand [16, DP]."""
-    high, _rest = two_parts(-shifted, tl.float32)
-    middle, low = two_parts(-shifted - high, tl.float32)
+def shift_operand(minus, OPERAND: tl.constexpr):
+    """minus float32 [DP] as three bf16 numbers below each other, the first rows of an operand [16, DP]."""
+    high, _rest = two_parts(minus, tl.float32)
+    middle, low = two_parts(minus - high, tl.float32)
     row = tl.arange(0, 16)[:, None]
     rows = tl.where(row == 0, high[None, :], tl.where(row == 1, middle[None, :], low[None, :]))
     return tl.where(row < 3, rows, 0.0).to(tl.bfloat16).to(OPERAND)

@@ -107,6 +107,53 @@ def encode(
     return pack(codes, bits, role), scales.unflatten(2, (-1, TILE))
 
 
+def _padded(dim: int) -> int:
+    """The head_dim that tensor cores are given."""
+    return max(32, 1 << (dim - 1).bit_length())
+
+
+def operands_size(dim: int, feedback: bool) -> int:
+    """Numbers to a head of what `prepare` returns."""
+    padded = _padded(dim)
+    return padded * padded + (padded // 2) ** 2 * feedback + 2 * padded + 8
+
+
+def prepare(map: torch.Tensor, shift: torch.Tensor, role: Role, feedback: torch.Tensor | None = None) -> torch.Tensor:
+    """What the kernels multiply by, made ahead of a map; nothing here reads it (`kernels/operands.py` has the layout).
+
+    Args:
+        map, shift: float32 [H, D, D] and [H, D].
+        feedback: float32 [H, D / 2, D / 2] or None.
+
+    Returns:
+        bfloat16 [H, operands_size(D, feedback is not None)].
+    """
+    heads, dim = shift.shape
+    padded = _padded(dim)
+    column = torch.arange(padded, device=map.device)
+    pair = column[: padded // 2]
+    if role == "value":
+        pair = pair.view(-1, 2, 4).mT.flatten()
+    if feedback is not None:
+        column = torch.cat([2 * pair, 2 * pair + 1])
+    elif role == "key":
+        column = column.view(-1, 4, 2, 2).transpose(1, 2).flatten()
+    size, first = map.abs().flatten(1), map[:, 0, 0].abs()
+    alike = (size == first[:, None]).all(1) & (first > 0) & (dim == padded)
+    unit = torch.where(alike, first, 1.0)
+    m = torch.nn.functional.pad(map / unit[:, None, None], (0, padded - dim, 0, padded - dim))[..., column]
+    high = (m.view(torch.int32) + 32768 & -65536).view(torch.float32).bfloat16()  # ties away from zero
+    minus = torch.nn.functional.pad(-(shift[:, None] @ map)[:, 0] / unit[:, None], (0, padded - dim))[:, column]
+    remainder = (map.view(torch.int32) & 0xFFFF).flatten(1).any(1) & ~alike
+    parts = [high.flatten(1)]
+    if feedback is not None:
+        f = torch.nn.functional.pad(feedback.bfloat16(), (0, padded // 2 - dim // 2, 0, padded // 2 - dim // 2))
+        parts.append(f[:, pair][..., pair].flatten(1))
+    last = torch.zeros(heads, 4, dtype=torch.int32, device=map.device)
+    last[:, 0], last[:, 1] = unit.view(torch.int32), remainder
+    return torch.cat([*parts, minus.contiguous().view(torch.bfloat16), last.view(torch.bfloat16)], 1)
+
+
 def levels_of(codes: torch.Tensor, head_dim: int, role: Role, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Unscaled levels of packed tiles: uint8 [..., T, bytes] -> dtype [..., T*32, D]."""
     bits = bits_of(codes, head_dim)

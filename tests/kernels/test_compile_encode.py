@@ -26,7 +26,7 @@ TYPES = {
     "k_factor": "fp32", "v_factor": "fp32", "softcap": "fp32", "scales": "*fp16", "k_scales": "*fp16",
     "v_scales": "*fp16", "rotated": "*fp16",
 }  # fmt: skip
-TYPES |= dict.fromkeys("x q ring k v k_new v_new k_sinks v_sinks k_recent v_recent".split(), "*bf16")
+TYPES |= dict.fromkeys("operands x q ring k v k_new v_new k_sinks v_sinks k_recent v_recent".split(), "*bf16")
 TYPES |= dict.fromkeys(
     "map shift feedback key_map value_map key_feedback value_feedback unit bias out lse query_map key_shift output_map "
     "value_shift o_exact lse_exact o_packed lse_packed".split(),
@@ -109,6 +109,7 @@ def _compile(case: dict):
             options = encode.launch_options(dim, SHARED[arch], case.get("feedback", False))
         constants |= {
             "BITS": k_bits, "KEY": case["key"], "STEP": key.step, "RING": case["key"], "Q": 1,
+            "FEEDBACK": case.get("feedback", False),
             "ROWS": 32, "K_BITS": k_bits, "V_BITS": v_bits, "K_STEP": key.step, "V_STEP": value.step,
         }  # fmt: skip
         optional = () if case["key"] or case["kernel"] != "encode" else ("ring", "length", "start")

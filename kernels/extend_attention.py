@@ -58,7 +58,7 @@ def rotate_kernel(
         x = x.to(tl.float32)
         shifted += tl.sum(x * tl.load(key_shift + h * D + dims, mask=dims < D, other=0.0)[None, :], axis=1)
         x_high, x_low = two_parts(x, OPERAND)
-        m_high, m_low = map_operands(load_map(query_map + h * D * D, first, D, DP, KC), 1.0, 1.0, OPERAND)
+        m_high, m_low = map_operands(load_map(query_map + h * D * D, first, D, DP, KC), OPERAND)
         y = tl.dot(x_low, m_high, y, input_precision="ieee")
         y = tl.dot(x_high, m_low, y, input_precision="ieee")
         y = tl.dot(x_high, m_high, y, input_precision="ieee")
@@ -329,7 +329,7 @@ def merge_kernel(
         column = first + tl.arange(0, COLUMNS)
         ok_map = (dims < D)[:, None] & (column < D)[None, :]
         part = tl.load(output_map + h * D * D + dims[:, None] * D + column[None, :], mask=ok_map, other=0.0)
-        m_high, m_low = map_operands(part, 1.0, 1.0, OPERAND)
+        m_high, m_low = map_operands(part, OPERAND)
         wanted = ok[:, None] & (column < D)[None, :]
         o = tl.load(o_exact + at[:, None] * D + column[None, :], mask=wanted, other=0.0) * (w_exact * share)[:, None]
         o += (mass * share)[:, None] * tl.load(value_shift + h * D + column, mask=column < D, other=0.0)[None, :]

@@ -2,8 +2,8 @@
 
 Two parts (high + remainder, 17 bits) make a number: map = m_hi + m_lo, and x = x_hi + x_lo unless x is bf16 already;
 x_lo m_lo is left out.  `mapped_here` is for maps without a remainder: those of the cache are bf16 numbers
-(`rotation.in_one_part`), or +-c as a randomised Hadamard matrix, which is divided by c first.  Under the Triton
-interpreter, whose bf16 product is wrong, the same parts are multiplied as float32 (OPERAND).
+(`rotation.in_one_part`), or +-c as a randomised Hadamard matrix, which is divided by c first (`operands.py`).  Under the
+Triton interpreter, whose bf16 product is wrong, the same parts are multiplied as float32 (OPERAND).
 """
 
 import triton
@@ -20,17 +20,16 @@ def two_parts(x, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def map_parts(m, unit, inverse):
-    """m / unit as high part with 8 significant bits (rounded, so +-unit has no remainder) and remainder, float32."""
-    high = ((m * inverse).to(tl.int32, bitcast=True) + 32768 & -65536).to(tl.float32, bitcast=True)
-    return high, (m - high * unit) * inverse
+def high_part(m):
+    """m with 8 significant bits (rounded), float32."""
+    return (m.to(tl.int32, bitcast=True) + 32768 & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def map_operands(m, unit, inverse, OPERAND: tl.constexpr):
-    """`map_parts` as dot operands."""
-    high, low = map_parts(m, unit, inverse)
-    return high.to(tl.bfloat16).to(OPERAND), low.to(tl.bfloat16).to(OPERAND)
+def map_operands(m, OPERAND: tl.constexpr):
+    """m as high part and remainder, both dot operands."""
+    high = high_part(m)
+    return high.to(tl.bfloat16).to(OPERAND), (m - high).to(tl.bfloat16).to(OPERAND)
 
 
 @triton.jit
@@ -123,7 +122,7 @@ def mapped(
         offset = tl.load(shift + first + tl.arange(0, KC), mask=first + tl.arange(0, KC) < D, other=0.0)
         delta = tl.where(ok[:, None], x.to(tl.float32) - offset[None, :], 0.0)
         x_high, x_low = two_parts(delta, OPERAND)
-        m_high, m_low = map_operands(arranged(map, first, D, DP, KC, KEY, FEEDBACK), 1.0, 1.0, OPERAND)
+        m_high, m_low = map_operands(arranged(map, first, D, DP, KC, KEY, FEEDBACK), OPERAND)
         y = tl.dot(x_low, m_high, y, input_precision="ieee")
         y = tl.dot(x_high, m_low, y, input_precision="ieee")
         y = tl.dot(x_high, m_high, y, input_precision="ieee")

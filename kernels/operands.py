@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .mapped import arranged, load_map, map_parts
+from .mapped import arranged, high_part, load_map
 from .pack import arrange, load_feedback
 
 ROWS = 32  # of the map at a time
@@ -80,9 +80,10 @@ def prepare_kernel(
     unit, remainder, shifted = survey(map, shift + h * D, D, DP, ROWS)
     inverse = 1.0 / unit
     column = tl.arange(0, DP)
-    for k in tl.range(0, DP, ROWS, num_stages=1):
-        high, _low = map_parts(arranged(map, k, D, DP, ROWS, KEY, FEEDBACK), unit, inverse)
-        at = (k + tl.arange(0, ROWS))[:, None] * DP + column[None, :]
+    MORE: tl.constexpr = min(DP, 2 * ROWS)
+    for k in tl.range(0, DP, MORE, num_stages=1):
+        high = high_part(arranged(map, k, D, DP, MORE, KEY, FEEDBACK) * inverse)
+        at = (k + tl.arange(0, MORE))[:, None] * DP + column[None, :]
         tl.store(operands + at, high.to(tl.bfloat16))
     if FEEDBACK:
         HALF: tl.constexpr = DP // 2
@@ -135,7 +136,7 @@ def prepare(map: torch.Tensor, shift: torch.Tensor, role: str, feedback: torch.T
     operands = torch.empty(heads, size(padded, feedback is not None), dtype=torch.bfloat16, device=map.device)
     prepare_kernel[(heads,)](
         map.contiguous(), shift.contiguous(), contiguous(feedback), operands,
-        D=dim, DP=padded, KEY=role == "key", ROWS=ROWS, num_warps=8,
+        D=dim, DP=padded, KEY=role == "key", ROWS=ROWS, num_warps=16,
     )  # fmt: skip
     return operands
 

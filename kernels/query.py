@@ -63,7 +63,7 @@ def _prepare(
     p_q = q + b[:, None] * stride_qb + (h * G + g)[:, None] * stride_qh
     x = tl.load(p_q + inner[None, :], mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
     if q.dtype.element_ty == tl.bfloat16:  # exact queries, the map in two parts: 17 bits
-        m_high, m_low = map_operands(part_map, 1.0, 1.0, OPERAND)
+        m_high, m_low = map_operands(part_map, OPERAND)
         y = tl.dot(x.to(OPERAND), m_low, input_precision="ieee")
         y = tl.dot(x.to(OPERAND), m_high, y, input_precision="ieee")
     else:

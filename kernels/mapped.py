@@ -2,7 +2,7 @@
 
 Two parts (high + remainder, 17 bits) make a number: map = m_hi + m_lo, and x = x_hi + x_lo unless x is bf16 already;
 x_lo m_lo is left out.  `mapped_here` is for maps without a remainder: those of the cache are bf16 numbers
-(`rotation.in_one_part`), or +-c as a randomised Hadamard matrix, which is divided by c first (`operands.py`).  Under the
+(`rotation.in_one_part`), or +-c as a randomised Hadamard matrix, which `operands.py` has divided by c.  Under the
 Triton interpreter, whose bf16 product is wrong, the same parts are multiplied as float32 (OPERAND).
 """
 

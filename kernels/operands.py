@@ -18,7 +18,7 @@ import triton.language as tl
 from .mapped import arranged, high_part, load_map
 from .pack import arrange, load_feedback
 
-ROWS = 32  # of the map at a time
+ROWS, WARPS = 32, 16  # rows of the map at a time
 
 
 @triton.constexpr_function
@@ -136,7 +136,7 @@ def prepare(map: torch.Tensor, shift: torch.Tensor, role: str, feedback: torch.T
     operands = torch.empty(heads, size(padded, feedback is not None), dtype=torch.bfloat16, device=map.device)
     prepare_kernel[(heads,)](
         map.contiguous(), shift.contiguous(), contiguous(feedback), operands,
-        D=dim, DP=padded, KEY=role == "key", ROWS=ROWS, num_warps=16,
+        D=dim, DP=padded, KEY=role == "key", ROWS=ROWS, num_warps=WARPS,
     )  # fmt: skip
     return operands
 

@@ -29,6 +29,8 @@ def call(name: str, rng: torch.Generator) -> tuple[list, dict]:
     x = [layer_state.tokens(2, 2, 40, DIM, rng) for _ in range(2)]
     if name == "encode":
         return [x[0], write[0], write[1], 3, "key"], {}
+    if name == "prepare":
+        return [write[0], write[1], "key"], {}
     if name == "append_":
         return [*state, *x, *place, *write, WINDOW], {}
     if name == "decode":
@@ -41,14 +43,17 @@ def call(name: str, rng: torch.Generator) -> tuple[list, dict]:
 
 
 NAMES = ["encode", "decode", "append_", "decode_attention", "extend_attention"]
+MORE = [("encode", "feedback", "operands"), ("prepare",), ("prepare", "feedback")]
+MORE += [("append_", "value_feedback"), ("append_", "key_operands", "value_operands")]
 
 
-@pytest.mark.parametrize(
-    ("name", "feedback"), [*((n, ()) for n in NAMES), ("encode", ["feedback"]), ("append_", ["value_feedback"])]
-)
-def test_opcheck(name: str, feedback: list[str], rng: torch.Generator) -> None:
+@pytest.mark.parametrize("names", [*((n,) for n in NAMES), *MORE])
+def test_opcheck(names: tuple[str, ...], rng: torch.Generator) -> None:
+    name, *more = names
     args, kwargs = call(name, rng)
-    kwargs |= {f: torch.randn(2, DIM // 2, DIM // 2, generator=rng) / DIM for f in feedback}
+    square = torch.randn(2, DIM // 2, DIM // 2, generator=rng) / DIM
+    ahead = ops.prepare(torch.zeros(2, DIM, DIM), torch.zeros(2, DIM), "key", feedback=square)
+    kwargs |= {m: square if "feedback" in m else ahead for m in more}
     torch.library.opcheck(getattr(torch.ops.tq_ao, name).default, tuple(args), kwargs)
 
 
@@ -58,6 +63,12 @@ def test_cpu_tensors_run_the_reference(rng: torch.Generator) -> None:
     want = reference.attention(q, *rest, kwargs["softcap"], kwargs["sink_logits"], k_new, v_new)
     for impl in ("auto", "reference"):
         assert torch.equal(ops.extend_attention(*args, **kwargs, impl=impl), want)
+
+
+def test_the_reference_reads_no_operands(rng: torch.Generator) -> None:
+    args, _ = call("encode", rng)
+    none, some = (ops.encode(*args, operands=operands) for operands in (None, torch.zeros(1)))
+    assert all(torch.equal(a, b) for a, b in zip(none, some, strict=True))
 
 
 @pytest.mark.parametrize("impl", ["triton", "gluon"])

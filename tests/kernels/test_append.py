@@ -15,6 +15,7 @@ from tq_ao.codebook import ROLES, codebook
 from tq_ao.packing import TILE
 
 append = pytest.importorskip("tq_ao.kernels.append")  # Triton exists on Linux only
+operands = pytest.importorskip("tq_ao.kernels.operands")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # the interpreter's: overflow of 1e30
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -112,6 +113,28 @@ def test_errors_say_what_to_do(rng: torch.Generator) -> None:
     state[0] = torch.zeros(2, 2, 768, 8, dtype=torch.uint8).mT
     with pytest.raises(ValueError, match="contiguous along their last dimension"):
         append.append_(*state, k, k, *place, 32, *books)
+    key, value = (operands.prepare(maps.key, maps.key_shift, role) for role in ROLES)
+    for given in ((key[:, 8:], value), (key, value[:1])):
+        with pytest.raises(ValueError, match=r"operands of bfloat16 \(2, 4232\), got torch.bfloat16 \("):
+            append.append_(*layer_state.empty_cache(), k, k, *place, 32, *books, None, None, *given)
+
+
+def test_operands_made_ahead_change_nothing(rng: torch.Generator) -> None:
+    maps = layer_state.maps(2, 64, rng, feedback=True).to(DEVICE)
+    maps = replace(maps, key=maps.key.bfloat16().float(), value=maps.value.bfloat16().float(), value_feedback=None)
+    k, v = (layer_state.tokens(2, 2, 300, 64, rng).to(DEVICE) for _ in range(2))
+    key = operands.prepare(maps.key, maps.key_shift, "key", maps.key_feedback)
+    value = operands.prepare(maps.value, maps.value_shift, "value")
+    start = torch.tensor([0, 9], device=DEVICE)
+    states = []
+    for ahead in ((), (key, value)):
+        states.append(layer_state.empty_cache(tokens=300, device=DEVICE))
+
+        def step(*args, ahead=ahead):
+            append.append_(*args, *ahead)
+
+        run_append(step, states[-1], k, v, [260, 1, 39], start, maps, 32, codebook(3), codebook(4))
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*states, strict=True))
 
 
 def test_append_in_a_cuda_graph_follows_the_length_on_the_device(cuda: torch.device, rng: torch.Generator) -> None:

@@ -1,4 +1,4 @@
-"""Encode and extend kernels compiled to cubins without a GPU, for Ampere, Ada, Hopper and Blackwell.
+"""Encode, prepare and extend kernels compiled to cubins without a GPU, for Ampere, Ada, Hopper and Blackwell.
 
 The loops of block sizes that were measured must not spill, and all must fit the shared memory of their chip.  The
 full product of kernels, bits, head dims and chips takes many minutes: the main configurations are compiled always, and
@@ -68,6 +68,8 @@ FIT = [  # chips on which the map of D = 256 stays in shared memory, on which it
         for arch in (89, 100)
         for kernel, dim in [("packed", 128), ("exact", 64), ("rotate", 64), ("merge", 64), ("write", 64)]
     ),
+    *({"kernel": "prepare", "dim": 256, "bits": [3, 3], "arch": a, "key": False, "feedback": True} for a in (80, 90)),
+    {"kernel": "prepare", "dim": 128, "bits": [3, 3], "arch": 90, "key": True},
 ]
 
 
@@ -78,13 +80,13 @@ def drawn(seed: int) -> list[dict]:
     def case(kernel: str, k: int = 3, v: int = 3) -> dict:
         dim, arch = generator.choice([64, 96, 128, 256]), generator.choice([80, 89, 90, 100])
         key, feedback = (generator.random() < 0.5 for _ in range(2))
-        feedback &= kernel in ("encode", "step")
+        feedback &= kernel in ("encode", "step", "prepare")
         return {"kernel": kernel, "dim": dim, "bits": [k, v], "arch": arch, "key": key, "feedback": feedback}
 
     values = generator.sample([1, 2, 3, 4, 8], 5)
     cases = [case("encode", b, b) for b in (1, 2, 3, 4, 8)]
     cases += [case("packed", k, v) for k, v in zip((1, 2, 3, 4, 8), values, strict=True)]
-    return cases + [case(kernel) for kernel in ("rotate", "exact", "merge", "write")] + [case("step", 8, 1)]
+    return cases + [case(kernel) for kernel in ("rotate", "exact", "merge", "write", "prepare")] + [case("step", 8, 1)]
 
 
 def _compile(case: dict):
@@ -96,21 +98,24 @@ def _compile(case: dict):
     from triton.compiler import ASTSource
 
     from tq_ao.codebook import codebook
-    from tq_ao.kernels import append, encode, extend_attention, levels
+    from tq_ao.kernels import append, encode, extend_attention, levels, operands
 
     dim, (k_bits, v_bits), arch = case["dim"], case["bits"], case["arch"]
     key, value = codebook(k_bits), codebook(v_bits)
     constants = {"D": dim, "DP": encode.padded_dim(dim), "OPERAND": tl.bfloat16, "KC": 32}
     options = {"num_warps": 4, "num_stages": 1}
     optional = ()
-    if case["kernel"] in ("encode", "step", "write"):
-        fn = getattr(encode if case["kernel"] == "encode" else append, f"{case['kernel']}_kernel")
-        if case["kernel"] == "encode":
+    if case["kernel"] in ("encode", "prepare", "step", "write"):
+        module = {"encode": encode, "prepare": operands}.get(case["kernel"], append)
+        fn = getattr(module, f"{case['kernel']}_kernel")
+        if case["kernel"] == "prepare":
+            options = {"num_warps": operands.WARPS, "num_stages": 1}
+        elif case["kernel"] == "encode":
             options = encode.launch_options(dim, SHARED[arch], case.get("feedback", False))
         constants |= {
             "BITS": k_bits, "KEY": case["key"], "STEP": key.step, "RING": case["key"], "Q": 1,
             "FEEDBACK": case.get("feedback", False),
-            "ROWS": 32, "K_BITS": k_bits, "V_BITS": v_bits, "K_STEP": key.step, "V_STEP": value.step,
+            "ROWS": operands.ROWS, "K_BITS": k_bits, "V_BITS": v_bits, "K_STEP": key.step, "V_STEP": value.step,
         }  # fmt: skip
         optional = () if case["key"] or case["kernel"] != "encode" else ("ring", "length", "start")
         if not case.get("feedback"):
@@ -232,7 +237,7 @@ def test_other_configurations_spill_little(reports: list[dict]) -> None:
 
 def test_products_run_on_tensor_cores_and_levels_are_made_two_at_a_time(reports: list[dict]) -> None:
     for report in reports:
-        if report["kernel"] != "write":
+        if report["kernel"] not in ("prepare", "write"):
             assert sum(report[op] for op in PRODUCTS) > 0, report
         if report["kernel"] == "packed" and max(report["bits"]) < 8:
             assert report["HFMA2"] >= report["level_pairs"], report

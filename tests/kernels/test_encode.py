@@ -17,6 +17,7 @@ from tq_ao.rotation import rotation_maps, rotations
 triton = pytest.importorskip("triton")  # exists on Linux only
 tl = triton.language
 triton_encode = pytest.importorskip("tq_ao.kernels.encode")
+operands = pytest.importorskip("tq_ao.kernels.operands")
 pack = pytest.importorskip("tq_ao.kernels.pack")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # the interpreter's: overflow of 1e30
@@ -74,6 +75,43 @@ def test_whole_blocks_with_feedback_equal_the_reference(
     got = triton_encode.encode(*on_device, codebook(bits), role, maps.value_feedback.to(DEVICE))
     want = reference.encode(x, map, shift, bits, role, maps.value_feedback)
     layer_state.assert_same_tiles(got, want, dim, role, feedback=True)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("dim", [64, 96, 256])
+def test_operands_made_ahead_change_nothing(dim: int, feedback: bool, role: str, rng: torch.Generator) -> None:
+    """Also those of plain torch, but for the last bit of the mapped shift."""
+    maps = layer_state.maps(2, dim, rng, feedback).to(DEVICE)
+    map = maps.key.bfloat16().float()
+    x = layer_state.tokens(1, 2, 150, dim, rng, torch.bfloat16).to(DEVICE)
+    given = x, map, maps.key_shift, codebook(3), role, maps.key_feedback
+    ahead = operands.prepare(map, maps.key_shift, role, maps.key_feedback)
+    want = triton_encode.encode(*given)
+    assert all(torch.equal(a, b) for a, b in zip(triton_encode.encode(*given, ahead), want, strict=True))
+    plain = reference.prepare(map, maps.key_shift, role, maps.key_feedback)
+    layer_state.assert_same_tiles(triton_encode.encode(*given, plain), want, dim, role, feedback=feedback)
+
+
+def test_operands_are_what_is_multiplied_by(rng: torch.Generator) -> None:
+    """Those of other maps make other codes of whole blocks; the tile at the end streams the map that it is given."""
+    one, other = (rotation_maps("dense", 1, 64, seed).key.to(DEVICE) for seed in (0, 1))
+    x, shift = layer_state.tokens(1, 1, 150, 64, rng).to(DEVICE), torch.zeros(1, 64, device=DEVICE)
+    got = triton_encode.encode(x, one, shift, codebook(3), "key", None, operands.prepare(other, shift, "key"))
+    parts = [[t[:, :, tiles] for t in got] for tiles in (slice(4), slice(4, 5))]
+    layer_state.assert_same_tiles(parts[0], reference.encode(x[:, :, :128], other, shift, 3, "key"), 64, "key")
+    layer_state.assert_same_tiles(parts[1], reference.encode(x[:, :, 128:], one, shift, 3, "key"), 64, "key")
+
+
+def test_operands_of_other_maps_are_refused(rng: torch.Generator) -> None:
+    maps = layer_state.maps(2, 64, rng, feedback=True).to(DEVICE)
+    x = layer_state.tokens(1, 2, 32, 64, rng).to(DEVICE)
+    ahead = operands.prepare(maps.key, maps.key_shift, "key", maps.key_feedback)
+    for wrong, came in ((ahead[:1], r"bfloat16 \(1, 5256\)"), (ahead.float(), r"float32 \(2, 5256\)")):
+        with pytest.raises(ValueError, match=rf"key operands of bfloat16 \(2, 5256\), got torch.{came}; make them"):
+            triton_encode.encode(x, maps.key, maps.key_shift, codebook(3), "key", maps.key_feedback, wrong)
+    with pytest.raises(ValueError, match=r"\(2, 4232\), got torch.bfloat16 \(2, 5256\); make them of these maps and"):
+        triton_encode.encode(x, maps.key, maps.key_shift, codebook(3), "key", None, ahead)
 
 
 @pytest.mark.parametrize("dim", [32, 160, 288])

@@ -2,7 +2,7 @@
 
 import torch
 
-from tq_ao import reference
+from tq_ao import ops, reference
 from tq_ao.packing import TILE, tile_bytes, unpack
 from tq_ao.rotation import LayerMaps, rotations
 
@@ -52,6 +52,13 @@ def maps(heads: int, dim: int, rng: torch.Generator, feedback: bool = False) -> 
         key_feedback=_feedback(heads, dim // 2, rng) if feedback else None,
         value_feedback=_feedback(heads, dim // 2, rng) if feedback else None,
     )
+
+
+def with_operands(maps: LayerMaps) -> list[torch.Tensor]:
+    """The maps' tensors, and what kernels on a GPU keep of them."""
+    key = ops.prepare(maps.key, maps.key_shift, "key", feedback=maps.key_feedback)
+    value = ops.prepare(maps.value, maps.value_shift, "value", feedback=maps.value_feedback)
+    return [*maps.tensors().values(), key, value]
 
 
 def tokens(

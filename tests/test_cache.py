@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.generation.configuration_utils import CompileConfig
 
-from tq_ao import LayerMaps, TurboQuantCache, TurboQuantConfig, TurboQuantTensor, quantize_kv_, reference
+from tq_ao import LayerMaps, TurboQuantCache, TurboQuantConfig, TurboQuantTensor, ops, quantize_kv_, reference
 from tq_ao.cache_layer import TurboQuantLayer
 from tq_ao.config import LayerScheme
 from tq_ao.rotation import MapSource
@@ -114,6 +114,23 @@ def test_peak_storage_is_within_5_percent_of_what_is_stated(rng):
     values = 2 * 2 * 64
     stated = ((8192 - 128 - 4) * (3 + 16 / 64) / 8 + (128 + 4) * 2) * values
     assert sum(cache.nbytes().values()) <= 1.05 * stated
+
+
+def test_layers_keep_what_kernels_read_of_their_maps_and_give_it_to_them(monkeypatch):
+    """On the CPU, where the reference reads the maps, there is nothing; "meta" is like a GPU."""
+    given = []
+    monkeypatch.setattr(ops, "append_", lambda *args, **kwargs: given.append(kwargs))
+    for device, kept in (("cpu", False), ("meta", True)):
+        layer = TurboQuantLayer(0, LayerScheme(3, 4), MapSource("hadamard", 0), WINDOW, SINKS, 256)
+        x = torch.zeros(1, 2, 40, 64, device=device)
+        layer.update(x, x)
+        names = ("key_operands", "value_operands")
+        assert all((getattr(layer, name) is not None) == kept for name in names)
+        layer.batch_repeat_interleave(2)
+        layer.reset()
+        layer.update(x.expand(2, -1, -1, -1), x.expand(2, -1, -1, -1))
+        assert all(call[name] is getattr(layer, name) for call in given[-2:] for name in names)
+    assert len(given) == 4
 
 
 @pytest.mark.parametrize("chunks", [[1] * 200, [70, 130], [7, 32, 31, 33, 64, 33], [150] + [1] * 50])

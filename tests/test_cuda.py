@@ -2,14 +2,19 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import layer_state
 import pytest
 import tiny
 import torch
 from transformers import DynamicCache
 
-from tq_ao import TurboQuantCache, TurboQuantConfig, quantize_kv_
+from tq_ao import TurboQuantCache, TurboQuantConfig, ops, quantize_kv_
+from tq_ao.cache_layer import TurboQuantLayer
+from tq_ao.config import LayerScheme
+from tq_ao.rotation import MapSource
 
 
 def built(cuda: torch.device, **shape: int) -> torch.nn.Module:
@@ -66,6 +71,39 @@ def test_generate_compiles_decode_and_padded_rows_are_their_own_runs(cuda):
     eager = model.generate(ids, attention_mask=mask, disable_compile=True, **options)
     alone = model.generate(ids[1:2, 100:], attention_mask=mask[1:2, 100:], **options)
     assert sum(follow(out, row, eager, row) for row in range(3)) + follow(out, 1, alone, 0) > 20
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_layers_prepare_their_maps_once_and_encode_the_same_codes(cuda, rng, calibrated):
+    maps = layer_state.maps(2, 128, rng, feedback=True)
+    maps = replace(maps, key=maps.key.bfloat16().float(), value=maps.value.bfloat16().float())  # in one part
+    source = MapSource("hadamard", 0, {0: maps} if calibrated else None)
+    k, v = (layer_state.tokens(2, 2, 700, 128, rng, torch.bfloat16).to(cuda) for _ in range(2))
+    layers = [TurboQuantLayer(0, LayerScheme(3, 4), source, 32, 4, max_len) for max_len in (1024, 1024, None)]
+    for i, layer in enumerate(layers):
+        layer.lazy_initialization(k, v)
+        for role, made in (("key", layer.key_operands), ("value", layer.value_operands)):
+            map, shift = getattr(layer.layer_maps, role), getattr(layer.layer_maps, f"{role}_shift")
+            feedback = getattr(layer.layer_maps, f"{role}_feedback")
+            assert torch.equal(made, ops.prepare(map, shift, role, feedback=feedback))
+        if i == 1:
+            layer.key_operands = layer.value_operands = None
+        at = layer.key_operands
+        layer.update(k, v)
+        layer.reset()
+        layer.update(k, v)
+        assert layer.key_operands is at
+    tiles = [[t[:, :, :20] if n < 4 else t for n, t in enumerate(layer.buffers())] for layer in layers]
+    assert all(torch.equal(a, b) for other in tiles[1:] for a, b in zip(tiles[0], other, strict=True))
+
+
+def test_a_compiled_step_reads_prepared_maps_where_they_are(cuda):
+    """As inputs of a captured graph that do not move: nothing copies them from step to step."""
+    model = built(cuda, num_attention_heads=8, num_key_value_heads=2, head_dim=64)
+    quantize_kv_(model, TurboQuantConfig(bits=4))
+    out = model.generate(torch.randint(2, 512, (1, 300), device=cuda), max_new_tokens=20, return_dict_in_generate=True)
+    for layer in out[tiny.CACHE].packed_layers():
+        assert layer.key_operands._dynamo_static_input_type == layer.k_codes._dynamo_static_input_type
 
 
 PAST_THE_END = """

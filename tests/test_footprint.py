@@ -13,7 +13,7 @@ from tq_ao import TurboQuantCache, TurboQuantConfig
 from tq_ao.cache import quantizable_layers
 from tq_ao.calibration.allocation import MIB, offered
 from tq_ao.codebook import BITS
-from tq_ao.footprint import count, memory_budget
+from tq_ao.footprint import count, maps_bytes, memory_budget
 from tq_ao.rotation import LayerMaps, MapSource
 
 TOKENS, WINDOW, SINKS = 1000, 32, 4
@@ -24,10 +24,11 @@ def draw(rng, items):
 
 
 def allocated(cache, heads=2, dim=32):
-    """Bytes of all storages of a cache that is filled with zeros, on the CPU, and of the maps its layers read."""
+    """Bytes of all storages of a cache that is filled with zeros, on the CPU, of the maps its layers read, and of what
+    kernels would keep of those."""
     cache.early_initialization(1, heads, dim, torch.bfloat16, torch.device("cpu"))
     tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
-    tensors += [t for layer in cache.packed_layers() for t in layer.layer_maps.tensors().values()]
+    tensors += [t for layer in cache.packed_layers() for t in layer_state.with_operands(layer.layer_maps)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
@@ -52,7 +53,7 @@ def test_counted_is_what_is_allocated_and_what_the_budget_says(kind, mib, rng):
         caches = [TurboQuantCache(config, quantization, MapSource("hadamard", 0, maps), TOKENS) for _ in range(2)]
         parts = count(caches[0], config)
         assert sum(sum(part.values()) for part in parts) == allocated(caches[1])
-        sizes = replace(memory, maps={i: m.nbytes for i, m in maps.items()})
+        sizes = replace(memory, maps={i: maps_bytes(m) for i, m in maps.items()})
         assert sizes.needed(sizes.total(schedule)) * MIB == sum(sum(part.values()) for part in parts)
         assert all((parts[i]["maps"] == parts[i]["codes"] == 0) == (schedule[i] == (16, 16)) for i in layers)
 

@@ -38,6 +38,8 @@ class TurboQuantLayer(CacheLayerMixin):
     is_croppable = True
     length: torch.Tensor  # int64 0-d, tokens seen, padding included
     start: torch.Tensor  # int64 [B], position of each row's first real token
+    key_operands: torch.Tensor | None  # what kernels read of the maps; None on the CPU, where nothing reads them
+    value_operands: torch.Tensor | None
 
     def __init__(
         self,
@@ -70,7 +72,11 @@ class TurboQuantLayer(CacheLayerMixin):
                 f"layer {self.index}: expected K and V of one head_dim, got {dim} and {value_states.shape[-1]}"
             )
         self.dtype, self.device, self.batch_size, self.head_dim = key_states.dtype, key_states.device, batch, dim
-        self.layer_maps = self.maps(self.index, heads, dim, self.device)
+        self.layer_maps = maps = self.maps(self.index, heads, dim, self.device)
+        self.key_operands = self.value_operands = None
+        if self.device.type != "cpu":  # on "meta" too, where bytes are counted
+            self.key_operands = ops.prepare(maps.key, maps.key_shift, "key", feedback=maps.key_feedback)
+            self.value_operands = ops.prepare(maps.value, maps.value_shift, "value", feedback=maps.value_feedback)
         tiles = 0 if self.max_cache_len is None else max(0, self.max_cache_len - self.sinks - self.window) // TILE
         ring = self.window + RING_SLACK
         for side, bits in (("k", self.scheme.k_bits), ("v", self.scheme.v_bits)):
@@ -90,8 +96,9 @@ class TurboQuantLayer(CacheLayerMixin):
         else:
             self.start, self._first_start = self._first_start.to(self.device), None
         if self.is_compileable and not torch.compiler.is_compiling():
-            for tensor in (*self.buffers(), self.length, self.start):
-                torch._dynamo.mark_static_address(tensor)
+            for tensor in (*self.buffers(), self.length, self.start, self.key_operands, self.value_operands):
+                if tensor is not None:
+                    torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
     def buffers(self) -> list[torch.Tensor]:
@@ -142,6 +149,7 @@ class TurboQuantLayer(CacheLayerMixin):
             *self.buffers(), key_states, value_states, self.length, self.start,
             maps.key, maps.key_shift, maps.value, maps.value_shift, self.window,
             key_feedback=maps.key_feedback, value_feedback=maps.value_feedback,
+            key_operands=self.key_operands, value_operands=self.value_operands,
         )  # fmt: skip
         self.length.add_(q)
         if self.is_empty:

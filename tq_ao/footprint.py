@@ -1,8 +1,8 @@
 """The bytes of a whole cache: counted from its tensors, and as a budget for schedules.
 
 Counted is a new static cache for one text in bfloat16, what `generate` allocates on an accelerator, with the maps that
-its layers read; on the "meta" device, whose tensors have every property but their numbers.  A growing cache holds the
-same and reserves up to half as many tiles again.
+its layers read and what its kernels make of them; on the "meta" device, whose tensors have every property but their
+numbers.  A growing cache holds the same and reserves up to half as many tiles again.
 """
 
 from dataclasses import replace
@@ -16,15 +16,18 @@ from tq_ao.calibration.allocation import Memory, offered, rounded_up, smallest
 from tq_ao.codebook import BITS
 from tq_ao.config import EXACT, TurboQuantConfig
 from tq_ao.packing import TILE
+from tq_ao.reference import operands_size
+from tq_ao.rotation import LayerMaps
 
 _CODES = ("k_codes", "k_scales", "v_codes", "v_scales")
+_OPERANDS = ("key_operands", "value_operands")
 
 
 def count(cache: TurboQuantCache, config: PreTrainedConfig) -> list[dict[str, int]]:
     """Bytes of each layer of a static cache that is still empty, once it is allocated for one text.
 
     Returns:
-        By layer: "codes" (with scales), "maps" (with shifts and feedback), "exact": all its other tensors.
+        By layer: "codes" (with scales), "maps" (with shifts, feedback and operands), "exact": all its other tensors.
 
     Raises:
         ValueError: a layer that allocates only what it is given (linear attention, for one).
@@ -44,8 +47,15 @@ def _held(layer: object) -> dict[str, int]:
     tensors = {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
     parts = {"codes": 0, "exact": 0, "maps": layer.layer_maps.nbytes if isinstance(layer, TurboQuantLayer) else 0}
     for name, tensor in tensors.items():
-        parts["codes" if name in _CODES else "exact"] += tensor.nbytes
+        parts["codes" if name in _CODES else "maps" if name in _OPERANDS else "exact"] += tensor.nbytes
     return parts
+
+
+def maps_bytes(maps: LayerMaps) -> int:
+    """Bytes of a layer's maps, shifts and feedback, and of the operands that a packed layer keeps of them on a GPU."""
+    heads, dim = maps.key_shift.shape
+    numbers = sum(operands_size(dim, f is not None) for f in (maps.key_feedback, maps.value_feedback))
+    return maps.nbytes + heads * numbers * torch.bfloat16.itemsize
 
 
 def memory_budget(
@@ -76,8 +86,9 @@ def memory_budget(
         exact={i: whole[i] for i in layers},
         beside=sum(size for i, size in enumerate(whole) if i not in layers),
     )  # fmt: skip
-    feedback = 2 * heads * (dim // 2) ** 2 * torch.float32.itemsize if calibrated else 0
-    with_feedback = replace(memory, maps={i: size + feedback for i, size in memory.maps.items()})
+    feedback = 2 * heads * (dim // 2) ** 2 * torch.float32.itemsize
+    feedback += 2 * heads * (operands_size(dim, True) - operands_size(dim, False)) * torch.bfloat16.itemsize
+    with_feedback = replace(memory, maps={i: size + feedback * calibrated for i, size in memory.maps.items()})
     least = smallest(with_feedback, offered(BITS, exact=True))
     all_exact = memory.needed(sum(memory.exact.values()))
     if least >= all_exact:

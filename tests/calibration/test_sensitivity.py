@@ -18,7 +18,7 @@ from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.ranking import correlations, spearman
 from tq_ao.evaluation.setup import plain_maps
 from tq_ao.evaluation.simulate import LayerPlan
-from tq_ao.footprint import memory_budget
+from tq_ao.footprint import maps_bytes, memory_budget
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_calibrate_keeps_a_budget_in_bytes(maps, limits, windows, monkeypatch):
     memory = memory_budget(model.config, 0.45, 1000, window=16, sinks=2, calibrated=True)
 
     def held(plans):
-        sizes = replace(memory, maps={i: plan.maps.nbytes for i, plan in plans.items()})
+        sizes = replace(memory, maps={i: maps_bytes(plan.maps) for i, plan in plans.items()})
         return sizes.needed(sizes.total({i: (plan.k_bits, plan.v_bits) for i, plan in plans.items()}))
 
     real = Evaluator.__call__

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import layer_state
 import pytest
 import tiny
 import torch
@@ -138,9 +139,10 @@ def test_maps_are_made_for_what_the_model_can_read_or_what_was_asked_for(base, t
 
 
 def held(cache):
-    """Bytes of all storages of a cache that has been used, and of the maps its layers read."""
+    """Bytes of all storages of a cache that has been used, of the maps its layers read, and of what kernels keep of
+    those on a GPU."""
     tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
-    tensors += [t for layer in cache.packed_layers() for t in layer.layer_maps.tensors().values()]
+    tensors += [t for layer in cache.packed_layers() for t in layer_state.with_operands(layer.layer_maps)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -177,7 +179,7 @@ def test_a_schedule_within_so_much_memory(mib, base, text, tmp_path, capsys):
 
 def test_short_of_maps_memory_keeps_layers_exact(base, text, tmp_path):
     """At 384 tokens what is around the codes of a layer takes more than half of what it takes exact."""
-    code, out = run(base, text, tmp_path, "--memory", "0.25", "--context", "384", "--window", "16")
+    code, out = run(base, text, tmp_path, "--memory", "0.27", "--context", "384", "--window", "16")
     report = json.loads((tmp_path / "r.json").read_text())
     exact = [row for row in report["schedule"] if row["k_bits"] == 16]
     assert code == 0 and len(exact) in (1, 2) and all(row["v_bits"] == 16 for row in exact)

@@ -67,7 +67,7 @@ class Memory(Shape):
         mib: the budget, for the whole cache.
         packed: tokens that packed layers hold in tiles, as codes and fp16 scales.
         around: layer -> bytes of its exact tokens and counters, if it is packed.
-        maps: layer -> bytes of its maps, shifts and feedback, if it is packed.
+        maps: layer -> bytes of its maps, shifts and feedback, and of what kernels make of them, if it is packed.
         exact: layer -> bytes if it is kept exact.
         beside: bytes of the layers that are not scheduled.
     """

@@ -22,6 +22,7 @@ from tq_ao.config import EXACT
 from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.metrics import SKIP
 from tq_ao.evaluation.simulate import LayerPlan
+from tq_ao.footprint import maps_bytes
 from tq_ao.rotation import LayerMaps
 
 
@@ -133,7 +134,7 @@ def calibrate(
     )  # fmt: skip
 
     def counted(m: Mapping[int, LayerMaps]) -> Shape:
-        return shape if memory is None else replace(memory, maps={i: one.nbytes for i, one in m.items()})
+        return shape if memory is None else replace(memory, maps={i: maps_bytes(one) for i, one in m.items()})
 
     def final(s: Schedule) -> dict[int, LayerMaps]:
         return {i: compensated(chosen_maps[i], *pair) for i, pair in s.items()} if maps == "auto" else plain

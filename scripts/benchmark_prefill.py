@@ -2,9 +2,10 @@
 
     python scripts/benchmark_prefill.py [--output FILE]
 
-One process, CUDA-graph replays.  `encode` packs 32768 tokens of 8 KV heads; its rate counts the bf16 bytes read and the
-packed bytes written, against a copy measured beside it.  `extend` attends with q_len new tokens, causally, to a packed
-cache of `length` tokens; beside it flash SDPA in bf16 over as many dense keys.
+One process, CUDA-graph replays.  `encode` packs 32768 tokens of 8 KV heads, its operands prepared ahead as a cache does
+it; its rate counts the bf16 bytes read and the packed bytes written, against a copy measured beside it.  `extend`
+attends with q_len new tokens, causally, to a packed cache of `length` tokens; beside it flash SDPA in bf16 over as many
+dense keys.
 """
 
 import argparse
@@ -42,8 +43,9 @@ def encode_row(head_dim: int, bits: int, role: Role, kind: str, shifted: bool, f
     square = torch.randn(HEADS, head_dim // 2, head_dim // 2, device="cuda") / head_dim**0.5
     feedback = square.bfloat16().float() if fed else None
     x = [torch.randn(1, HEADS, TOKENS, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    times = time_calls([partial(ops.encode, one, maps.key, shift, bits, role, feedback=feedback) for one in x])
-    codes, scales = ops.encode(x[0], maps.key, shift, bits, role, feedback=feedback)
+    given = {"feedback": feedback, "operands": ops.prepare(maps.key, shift, role, feedback=feedback)}
+    times = time_calls([partial(ops.encode, one, maps.key, shift, bits, role, **given) for one in x])
+    codes, scales = ops.encode(x[0], maps.key, shift, bits, role, **given)
     first = None if feedback is None else feedback[:1]
     want, _ = reference.encode(x[0][:, :1], maps.key[:1], shift[:1], bits, role, first)
     differ = (unpack(codes[:, :1], bits, head_dim, role) != unpack(want, bits, head_dim, role)).float().mean().item()

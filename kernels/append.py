@@ -89,11 +89,14 @@ def _step_side(
         codes0, codes1 = tl.split(tl.permute(tl.reshape(codes, [2, 16, DP]), (1, 2, 0)))
         scale0, scale1 = tl.split(tl.permute(tl.reshape(scale, [2, 16]), (1, 0)))
         tile = old // 32
-        put_words(
-            get_words(codes0, BITS, KEY), get_words(codes1, BITS, KEY), words + tile * w_st, w_st, 1,
-            D, 1, BITS, KEY,
-        )  # fmt: skip
-        put_scales(scale0, scale1, 1.0, scales + tile * s_st, s_st, token_order(1, KEY), 1)
+        words0 = get_words(codes0, BITS, KEY)
+        words1 = get_words(codes1, BITS, KEY)
+        row = tl.arange(0, words0.shape[0])[:, None]
+        column = tl.arange(0, words0.shape[1])[None, :]
+        put_words(words0, words1, row, column, words + tile * w_st, w_st, 1, D, 1, BITS, KEY)
+        order = token_order(1, KEY)
+        put_scales(scale0, 1.0, scales + tile * s_st, s_st, order, 1)
+        put_scales(scale1, 1.0, scales + tile * s_st, s_st, order + 8, 1)
 
 
 @triton.jit(do_not_specialize=["k_tiles", "v_tiles"])

@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 
 from .mapped import mapped, mapped_here, shift_operand
-from .operands import feedback_at, load_shift, load_square, padded_dim, prepared, size
+from .operands import feedback_at, load_remainder, load_shift, load_square, padded_dim, prepared, size
 from .pack import get_words, put_scales, put_words, quantize, token_order
 
 TILE = 32
 RESIDENT = {32: 4, 64: 4, 128: 2}  # programs to a multiprocessor; larger dims: 1
+GROUP_REGISTERS = 240  # of a thread of the second warp group of `encode_gluon`; the first has as many
 WIDE = 200  # KiB of shared memory: a chip with wgmma or tcgen05
 
 
@@ -32,6 +33,13 @@ def counts(length, start, b, q, sinks, window):
 
 
 @triton.jit
+def whole_blocks(fresh, count, TILES: tl.constexpr):
+    """Blocks begin .. end - 1 are whole and all in x: of `count` tiles, those from row `fresh` on."""
+    begin = tl.maximum((fresh + TILES * 32 - 1) // (TILES * 32), 0)
+    return begin, tl.maximum(count // TILES, begin)
+
+
+@triton.jit
 def _put_half(
     y, operand, words0, scale0, half, unit, words, scales, w_st, s_st, order, tile, left,
     D: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
@@ -42,8 +50,11 @@ def _put_half(
     words1 = get_words(codes, BITS, KEY)
     if half % 2 == 1:
         at = tile.to(tl.int64)
-        put_words(words0, words1, words + at * w_st, w_st, left, D, TILES, BITS, KEY)
-        put_scales(scale0, scale1, unit, scales + at * s_st, s_st, order, left)
+        row = tl.arange(0, words0.shape[0])[:, None]
+        column = tl.arange(0, words0.shape[1])[None, :]
+        put_words(words0, words1, row, column, words + at * w_st, w_st, left, D, TILES, BITS, KEY)
+        put_scales(scale0, unit, scales + at * s_st, s_st, order, left)
+        put_scales(scale1, unit, scales + at * s_st, s_st, order + 8, left)
     return words1, scale1
 
 
@@ -54,7 +65,7 @@ def encode_kernel(
     heads, n, tiles, capacity, sinks, window, blocks,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr,
     FEEDBACK: tl.constexpr, TILES: tl.constexpr, KC: tl.constexpr, HALVES: tl.constexpr, RING: tl.constexpr,
-    OPERAND: tl.constexpr, SHIFT_ROWS: tl.constexpr,
+    OPERAND: tl.constexpr, SHIFT_ROWS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Encode many tiles of one side (keys or values).
 
@@ -65,7 +76,11 @@ def encode_kernel(
     at a time.  A map in one bf16 part stays in shared memory for whole blocks (HERE: up to D = 128; at D = 256, for a
     bf16 x, where it fits: HALVES); others are streamed.  SHIFT_ROWS: the shift is three rows more of the product.
     operands: of `prepare`, with FEEDBACK or without.
+
+    REST: whole blocks that meet a map in one part are left to the launch that follows, which may begin at once.
     """
+    if REST:
+        tl.extra.cuda.gdc_launch_dependents()
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
     x += b * x_sb + h * x_sh
@@ -81,39 +96,40 @@ def encode_kernel(
         count = (tl.minimum(new // 32, tiles) - tile0).to(tl.int32)
         # Rows at `old` + i of the packed sequence are in x from i = fresh on, and in the ring before that.
         fresh = (before - sinks - old).to(tl.int32)
+        whole = count
         x -= (fresh - skip) * x_sn
         slot0 = (old % capacity).to(tl.int32)
         words += tile0 * w_st
         scales += tile0 * s_st
     else:
         count = (n + 31) // 32
-    HERE: tl.constexpr = DP <= 128 or (HALVES and x.dtype.element_ty == tl.bfloat16)
+        fresh = 0
+        whole = n // 32
+    HERE: tl.constexpr = (DP <= 128 or (HALVES and x.dtype.element_ty == tl.bfloat16)) and not REST
     first = tl.program_id(1) * blocks
     last = tl.minimum(first + blocks, (count + TILES - 1) // TILES)
-    if first < last:
+    # Blocks begin .. end - 1 are whole and all in x, and meet a map in one part; others stream the map, with masks.
+    begin = last
+    end = last
+    if HERE or REST:
+        if load_remainder(operands, DP, FEEDBACK) == 0:
+            begin, end = whole_blocks(fresh, whole, TILES)
+            begin = tl.minimum(tl.maximum(begin, first), last)
+            end = tl.minimum(tl.maximum(end, begin), last)
+    if first < last - (end - begin if REST else 0):
         order = token_order(TILES, KEY)
         operand = None
         if FEEDBACK:
             operand = load_square(operands + feedback_at(DP), DP // 2, DP // 2, OPERAND)
-        # Blocks begin .. end - 1 are whole and all in x, and meet a map in one part; others stream the map, with masks.
-        begin = last
-        end = last
         if HERE:
             # (x - shift) @ map = x @ map - shift @ map
-            minus, unit, remainder = load_shift(operands, DP, FEEDBACK)
+            minus, unit = load_shift(operands, DP, FEEDBACK)
             if SHIFT_ROWS:
                 minus = shift_operand(minus, OPERAND)
             m = load_square(operands, min(DP, 128), DP, OPERAND)
             m2 = None
             if DP > 128:
                 m2 = load_square(operands + 128 * DP, 128, DP, OPERAND)
-            if remainder == 0:
-                if RING:
-                    begin = tl.minimum(tl.maximum((fresh + TILES * 32 - 1) // (TILES * 32), first), last)
-                    end = tl.minimum(tl.maximum(count // TILES, begin), last)
-                else:
-                    begin = first
-                    end = tl.minimum(tl.maximum(n // (TILES * 32), begin), last)
         words0 = get_words(tl.zeros([TILES * 16, DP], tl.int32), BITS, KEY)
         scale0 = tl.zeros([TILES * 16], tl.float32)
         for i in tl.range(2 * first, 2 * (last - end + begin), num_stages=1):
@@ -164,11 +180,16 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def launch_options(dim: int, shared: int, feedback: bool) -> dict[str, int]:
-    """Block sizes of `encode_kernel` on a chip with `shared` KiB of shared memory in a multiprocessor."""
+def launch_options(dim: int, shared: int, feedback: bool, rest: bool = False) -> dict[str, int]:
+    """Block sizes of `encode_kernel` on a chip with `shared` KiB of shared memory in a multiprocessor.
+
+    rest: for what `encode_gluon` leaves.
+    """
     wide = shared >= WIDE
-    options = {"TILES": 4, "KC": 32, "num_warps": 4 if wide else 8, "HALVES": False}
-    options["SHIFT_ROWS"] = wide and dim != 128
+    options = {"TILES": 4, "KC": 32, "num_warps": 4 if wide else 8, "HALVES": False, "REST": rest}
+    options["SHIFT_ROWS"] = wide and dim != 128 and not rest
+    if rest:
+        return {**options, "num_stages": 2}
     if dim > 256:  # what one block of 128 tokens has to exchange would not fit
         return {**options, "TILES": 2, "num_warps": 8, "num_stages": 1}
     if dim > 128:
@@ -187,14 +208,22 @@ def shared_kib(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor // 1024
 
 
+def runs_gluon(x: torch.Tensor) -> bool:
+    """Whether whole blocks of x are encoded by `encode_gluon`: bf16 of 256 dims, aligned to 32 bytes, on Hopper."""
+    aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:3])
+    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+    return hopper and aligned and x.shape[-1] == 256 and x.dtype == torch.bfloat16
+
+
 def encode_many(
     x, ring, codes, scales, map, shift, feedback, operands, length, start, tiles, sinks, window, role, book
 ):
-    """Launch `encode_kernel` over at most `tiles` tiles per row and head."""
+    """Launch the kernels over at most `tiles` tiles per row and head."""
     batch, heads, n, dim = x.shape
     operands = prepared(operands, map, shift, feedback, role)
     words = as_words(codes, scales)
-    options = launch_options(dim, shared_kib(x.device), feedback is not None)
+    rest = tiles >= 4 and runs_gluon(x)
+    options = launch_options(dim, shared_kib(x.device), feedback is not None, rest)
     blocks = triton.cdiv(tiles, options["TILES"])
     cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
     per_program = max(1, triton.cdiv(blocks * batch * heads, RESIDENT.get(padded_dim(dim), 1) * cores))
@@ -206,6 +235,15 @@ def encode_many(
         D=dim, DP=padded_dim(dim), BITS=book.bits, KEY=role == "key", STEP=book.step,
         FEEDBACK=feedback is not None, RING=ring is not None, OPERAND=operand_type(), **options,
     )  # fmt: skip
+    if rest:
+        from .encode_gluon import gluon_encode_kernel  # where it runs: Gluon has no interpreter
+
+        gluon_encode_kernel[(batch * heads, min(blocks, max(1, cores // (batch * heads))))](
+            x, words, scales, operands, length, start, *x.stride()[:3], *words.stride()[:3], *scales.stride()[:3],
+            heads, n, codes.shape[2], sinks, window,
+            D=dim, BITS=book.bits, KEY=role == "key", STEP=book.step, FEEDBACK=feedback is not None,
+            RING=ring is not None, REGISTERS=GROUP_REGISTERS, num_warps=4, launch_pdl=True,
+        )  # fmt: skip
 
 
 def encode(

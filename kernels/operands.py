@@ -5,9 +5,9 @@
     minus shift  float32 [DP]       minus the mapped shift / unit, as `arrange`d
     unit         float32            c of a map of +-c, else 1
     remainder    int32              1 if an entry of map / unit has a second bf16 part, else 0
-    zeros        to 16 bytes
+    zeros        to 32 bytes
 
-DP is D rounded up to a power of two.  Every section begins at a multiple of 16 bytes: `feedback_at`, `shift_at` and
+DP is D rounded up to a power of two.  Every section begins at a multiple of 32 bytes: `feedback_at`, `shift_at` and
 `unit_at` say where, in bf16 numbers, to kernels as well.
 """
 
@@ -38,7 +38,7 @@ def unit_at(padded, feedback):
 
 @triton.constexpr_function
 def size(padded, feedback):
-    return unit_at(padded, feedback) + 8
+    return unit_at(padded, feedback) + 16
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def prepare_kernel(
         tl.store(operands + feedback_at(DP) + at, f)
     minus = tl.reshape(arrange((-shifted * inverse)[None, :], KEY, FEEDBACK), [DP])
     tl.store((operands + shift_at(DP, FEEDBACK)).to(tl.pointer_type(tl.float32)) + column, minus)
-    i = tl.arange(0, 4)
+    i = tl.arange(0, 8)
     last = tl.where(i == 0, unit.to(tl.int32, bitcast=True), tl.where((i == 1) & remainder, 1, 0))
     tl.store((operands + unit_at(DP, FEEDBACK)).to(tl.pointer_type(tl.int32)) + i, last)
 
@@ -105,11 +105,15 @@ def load_square(at, N: tl.constexpr, COLUMNS: tl.constexpr, OPERAND: tl.constexp
 
 @triton.jit
 def load_shift(operands, DP: tl.constexpr, FEEDBACK: tl.constexpr):
-    """Of one head: minus the mapped shift / unit, float32 [DP]; unit; remainder, int32."""
+    """Of one head: minus the mapped shift / unit, float32 [DP]; unit."""
     minus = tl.load((operands + shift_at(DP, FEEDBACK)).to(tl.pointer_type(tl.float32)) + tl.arange(0, DP))
-    last = operands + unit_at(DP, FEEDBACK)
-    unit = tl.load(last.to(tl.pointer_type(tl.float32)))
-    return minus, unit, tl.load(last.to(tl.pointer_type(tl.int32)) + 1)
+    return minus, tl.load((operands + unit_at(DP, FEEDBACK)).to(tl.pointer_type(tl.float32)))
+
+
+@triton.jit
+def load_remainder(operands, DP: tl.constexpr, FEEDBACK: tl.constexpr):
+    """Of one head: 1 if its map has a second bf16 part, else 0."""
+    return tl.load((operands + unit_at(DP, FEEDBACK)).to(tl.pointer_type(tl.int32)) + 1)
 
 
 def padded_dim(dim: int) -> int:

@@ -13,17 +13,22 @@ LEAST = tl.constexpr(0.75)  # of `reference`
 
 
 @triton.jit
-def token_order(TILES: tl.constexpr, KEY: tl.constexpr):
-    """Token of each row of the first half of a block, int32 [TILES * 16]; those of the other half are 8 more.
+def token_of(row, KEY: tl.constexpr):
+    """Token of a row of the first half of a block; that of the other half is 8 more.
 
     Rows are (tile i1 g) for keys, (tile b0 j0 t) for values: bits 0-2 are lanes of a warp, bit 3 is a register.
     """
-    row = tl.arange(0, TILES * 16)
     lane = row % 8
     near = row // 8 % 2
     if KEY:
         return row // 16 * 32 + near * 16 + lane
     return row // 16 * 32 + lane // 4 * 16 + lane % 4 * 2 + near
+
+
+@triton.jit
+def token_order(TILES: tl.constexpr, KEY: tl.constexpr):
+    """Token of each row of the first half of a block, int32 [TILES * 16]."""
+    return token_of(tl.arange(0, TILES * 16), KEY)
 
 
 @triton.jit
@@ -63,8 +68,8 @@ def load_feedback(feedback, h, D: tl.constexpr, DP: tl.constexpr, KEY: tl.conste
 
 
 @triton.jit
-def _inverse_step(y, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr):
-    """What `_nearest` takes for steps of sigma * STEP, sigma that of the vectors y [N, DP]."""
+def inverse_step(y, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr):
+    """What `nearest` takes for steps of sigma * STEP, sigma that of the vectors y [N, DP]."""
     if BITS == 8:
         inverse = 127.0 / tl.maximum(tl.max(tl.abs(y), axis=1), 1e-30)
     else:
@@ -73,7 +78,7 @@ def _inverse_step(y, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _nearest(y, inverse, BITS: tl.constexpr, CLAMP: tl.constexpr, FUSED: tl.constexpr):
+def nearest(y, inverse, BITS: tl.constexpr, CLAMP: tl.constexpr, FUSED: tl.constexpr):
     """The floats y [N, C] is rounded in, whose lowest bits are the codes, and the levels c.
 
     inverse [N] is 1 / step, below 8 bits divided by the number of steps between the outermost levels.  CLAMP is for 8
@@ -100,7 +105,7 @@ def _nearest(y, inverse, BITS: tl.constexpr, CLAMP: tl.constexpr, FUSED: tl.cons
 
 
 @triton.jit
-def _products(y, c, D: tl.constexpr, BITS: tl.constexpr):
+def products(y, c, D: tl.constexpr, BITS: tl.constexpr):
     """<y, level> and <level, level>, whose quotient is the scale, over D dims; those beyond D are zeros."""
     if BITS == 8:
         product = 127.0 * tl.sum(y * c, axis=1)
@@ -112,46 +117,73 @@ def _products(y, c, D: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _join_halves(even, odd):
+def join_halves(even, odd):
     """What belongs to even and odd dims, [N, DP / 2] each, in the order that `arrange` has without feedback."""
     x = tl.reshape(tl.join(even, odd), [even.shape[0], even.shape[1] // 8, 4, 2, 2])
     return tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), [even.shape[0], even.shape[1] * 2])
 
 
 @triton.jit
+def round_even(even, inverse, D: tl.constexpr, BITS: tl.constexpr, FUSED: tl.constexpr):
+    """Round the even dims [N, DP / 2], inverse [N] as of `inverse_step`.
+
+    Returns: the floats they are rounded in, the error that the odd dims make up for, float32 [N, DP / 2], the steps
+    that odd dims are rounded in, and `products` [N].
+    """
+    rounded, c = nearest(even, inverse, BITS, False, FUSED)
+    product, square = products(even, c, D // 2, BITS)
+    STEPS: tl.constexpr = 1 if BITS == 8 else (1 << BITS) - 1
+    least = tl.where(inverse < 1e15, LEAST / tl.maximum(inverse * STEPS, 1e-30), 0.0)  # zeros stay zeros
+    step = tl.maximum(product / square / (127 if BITS == 8 else 1), least)
+    return rounded, c * step[:, None] - even, step, product, square
+
+
+@triton.jit
+def round_odd(odd, step, D: tl.constexpr, BITS: tl.constexpr, FUSED: tl.constexpr):
+    """Round the odd dims [N, DP / 2], which have made up for the error of the even ones, in steps [N].
+
+    Returns: the floats they are rounded in, and `products` [N].
+    """
+    STEPS: tl.constexpr = 1 if BITS == 8 else (1 << BITS) - 1
+    rounded, c = nearest(odd, 1.0 / (tl.maximum(step, 1e-30) * STEPS), BITS, True, FUSED)
+    product, square = products(odd, c, D // 2, BITS)
+    return rounded, product, square
+
+
+@triton.jit
+def codes_of(rounded, BITS: tl.constexpr):
+    """Codes, int32, of the floats of `nearest`; below 8 bits with the exponent, which `put_words` takes off."""
+    codes = rounded.to(tl.int32, bitcast=True)
+    return codes & 255 if BITS == 8 else codes
+
+
+@triton.jit
 def quantize(y, feedback, D: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, OPERAND: tl.constexpr):
     """y [N, DP] float32, zero beyond D, `arrange`d -> codes and scales.
 
-    Codes are int32 [N, DP] in the order without feedback, below 8 bits with the exponent of the float they were rounded
-    in (`put_words` takes it off whole words); scales are float32 [N].  feedback is an operand of `load_feedback`, or
-    None: with it the even dims are rounded first, and their error is multiplied from the registers that hold it.
+    Codes are int32 [N, DP] in the order without feedback, as of `codes_of`; scales are float32 [N].  feedback is an
+    operand of `load_feedback`, or None: with it the even dims are rounded first, and their error is multiplied from the
+    registers that hold it.
     """
     FUSED: tl.constexpr = OPERAND == tl.bfloat16
-    inverse = _inverse_step(y, D, BITS, STEP)
+    inverse = inverse_step(y, D, BITS, STEP)
     if feedback is None:
-        rounded, c = _nearest(y, inverse, BITS, False, FUSED)
-        product, square = _products(y, c, D, BITS)
+        rounded, c = nearest(y, inverse, BITS, False, FUSED)
+        product, square = products(y, c, D, BITS)
     else:
         even, odd = tl.split(tl.permute(tl.reshape(y, [y.shape[0], 2, y.shape[1] // 2]), (0, 2, 1)))
-        rounded0, c = _nearest(even, inverse, BITS, False, FUSED)
-        product0, square0 = _products(even, c, D // 2, BITS)
-        STEPS: tl.constexpr = 1 if BITS == 8 else (1 << BITS) - 1
-        least = tl.where(inverse < 1e15, LEAST / tl.maximum(inverse * STEPS, 1e-30), 0.0)  # zeros stay zeros
-        step = tl.maximum(product0 / square0 / (127 if BITS == 8 else 1), least)
-        error = c * step[:, None] - even
+        rounded0, error, step, product, square = round_even(even, inverse, D, BITS, FUSED)
         if not FUSED:  # the interpreter's conversion truncates
             error = (error.to(tl.int32, bitcast=True) + 32768 & -65536).to(tl.float32, bitcast=True)
         if D <= 128:  # a product of its own: into a part of the accumulator ptxas runs them one by one
             odd = odd - tl.dot(error.to(tl.bfloat16).to(OPERAND), feedback, input_precision="ieee")
         else:  # what registers hold
             odd = tl.dot((-error).to(tl.bfloat16).to(OPERAND), feedback, odd, input_precision="ieee")
-        rounded1, c = _nearest(odd, 1.0 / (tl.maximum(step, 1e-30) * STEPS), BITS, True, FUSED)
-        product1, square1 = _products(odd, c, D // 2, BITS)
-        rounded = _join_halves(rounded0, rounded1)
-        product = product0 + product1
-        square = square0 + square1
-    codes = rounded.to(tl.int32, bitcast=True)
-    return codes & 255 if BITS == 8 else codes, product / square
+        rounded1, product1, square1 = round_odd(odd, step, D, BITS, FUSED)
+        rounded = join_halves(rounded0, rounded1)
+        product += product1
+        square += square1
+    return codes_of(rounded, BITS), product / square
 
 
 @triton.jit
@@ -205,15 +237,16 @@ def _sum_major(x, KEY: tl.constexpr):
 
 @triton.jit
 def put_words(
-    x0, x1, words, tile_stride, left,
+    x0, x1, row, column, words, tile_stride, left,
     D: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
-    """Store the words of a block from its halves (i0 or b1 = 0, 1): tile i < left at words + i * tile_stride."""
+    """Store the words of a block from its halves (i0 or b1 = 0, 1): tile i < left at words + i * tile_stride.
+
+    row and column: indices of the words, [rows, 1] and [1, columns].
+    """
     G: tl.constexpr = D // 32
     R: tl.constexpr = x0.shape[1] // 32
     PLANE: tl.constexpr = 32 * G
-    row = tl.arange(0, x0.shape[0])[:, None]
-    column = tl.arange(0, 32 * R)[None, :]
     tile = row % TILES
     group = column % R
     if KEY:
@@ -260,10 +293,9 @@ def put_words(
 
 
 @triton.jit
-def put_scales(scale0, scale1, unit, scales, scale_stride, order, left):
-    """Store scales float32 [N] of both halves of a block of which `left` tiles exist, times `unit`."""
-    token = order[:, None] + tl.arange(0, 2)[None, :] * 8
-    scale = tl.abs(tl.join(scale0, scale1) * unit)  # negative only where the squares of y overflow
+def put_scales(scale, unit, scales, scale_stride, token, left):
+    """Store scales float32 [N], times `unit`, of tokens [N] of a block of which `left` tiles exist."""
+    scale = tl.abs(scale * unit)  # negative only where the squares of y overflow
     scale = tl.where(scale < float("inf"), tl.minimum(scale, 65504.0), float("nan"))
     at = scales + (token // 32 * scale_stride + token % 32)
     tl.store(at, scale.to(tl.float16), mask=token // 32 < left)

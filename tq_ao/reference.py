@@ -115,7 +115,7 @@ def _padded(dim: int) -> int:
 def operands_size(dim: int, feedback: bool) -> int:
     """Numbers to a head of what `prepare` returns."""
     padded = _padded(dim)
-    return padded * padded + (padded // 2) ** 2 * feedback + 2 * padded + 8
+    return padded * padded + (padded // 2) ** 2 * feedback + 2 * padded + 16
 
 
 def prepare(map: torch.Tensor, shift: torch.Tensor, role: Role, feedback: torch.Tensor | None = None) -> torch.Tensor:
@@ -149,7 +149,7 @@ def prepare(map: torch.Tensor, shift: torch.Tensor, role: Role, feedback: torch.
     if feedback is not None:
         f = torch.nn.functional.pad(feedback.bfloat16(), (0, padded // 2 - dim // 2, 0, padded // 2 - dim // 2))
         parts.append(f[:, pair][..., pair].flatten(1))
-    last = torch.zeros(heads, 4, dtype=torch.int32, device=map.device)
+    last = torch.zeros(heads, 8, dtype=torch.int32, device=map.device)
     last[:, 0], last[:, 1] = unit.view(torch.int32), remainder
     return torch.cat([*parts, minus.contiguous().view(torch.bfloat16), last.view(torch.bfloat16)], 1)
 

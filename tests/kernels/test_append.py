@@ -40,6 +40,7 @@ CASES = [
     (128, 4, 1, 4, 128, 0, [257, 32]),
     (256, 8, 2, 4, 32, 0, [130, 5]),
     (96, 3, 2, 4, 32, 0, [50, 400]),  # whole blocks behind some that begin in the ring
+    (256, 2, 3, 4, 32, 0, [50, 400]),
 ]
 
 
@@ -57,11 +58,10 @@ def test_append_equals_the_reference(
     if feedback in ROLES:
         maps = replace(maps, **{f"{role}_feedback": None for role in ROLES if role != feedback})
     start = torch.tensor([0, pad], device=DEVICE)
-    k, v = (layer_state.tokens(2, heads, total, dim, rng, torch.float16).to(DEVICE) for _ in range(2))
+    dtype = torch.bfloat16 if max(chunks) >= 400 else torch.float16
+    k, v = (layer_state.tokens(2, heads, total, dim, rng, dtype).to(DEVICE) for _ in range(2))
     got, want = (
-        layer_state.empty_cache(
-            2, heads, dim, total, k_bits, v_bits, sinks, window, window + 64 + spare, torch.float16, DEVICE
-        )
+        layer_state.empty_cache(2, heads, dim, total, k_bits, v_bits, sinks, window, window + 64 + spare, dtype, DEVICE)
         for _ in range(2)
     )
     run_append(

@@ -70,6 +70,9 @@ FIT = [  # chips on which the map of D = 256 stays in shared memory, on which it
     ),
     *({"kernel": "prepare", "dim": 256, "bits": [3, 3], "arch": a, "key": False, "feedback": True} for a in (80, 90)),
     {"kernel": "prepare", "dim": 128, "bits": [3, 3], "arch": 90, "key": True},
+    *({"kernel": "whole", "dim": 256, "bits": [3, 3], "arch": 90, "key": key} for key in (False, True)),
+    {"kernel": "whole", "dim": 256, "bits": [3, 3], "arch": 90, "key": False, "feedback": True},
+    {"kernel": "encode", "dim": 256, "bits": [3, 3], "arch": 90, "key": True, "rest": True},
 ]
 
 
@@ -86,7 +89,10 @@ def drawn(seed: int) -> list[dict]:
     values = generator.sample([1, 2, 3, 4, 8], 5)
     cases = [case("encode", b, b) for b in (1, 2, 3, 4, 8)]
     cases += [case("packed", k, v) for k, v in zip((1, 2, 3, 4, 8), values, strict=True)]
-    return cases + [case(kernel) for kernel in ("rotate", "exact", "merge", "write", "prepare")] + [case("step", 8, 1)]
+    bits = generator.choice([1, 2, 4, 8])
+    whole = case("whole", bits, bits) | {"dim": 256, "arch": 90, "feedback": generator.random() < 0.5}
+    others = [case(kernel) for kernel in ("rotate", "exact", "merge", "write", "prepare")]
+    return cases + others + [case("step", 8, 1), whole]
 
 
 def _compile(case: dict):
@@ -96,28 +102,30 @@ def _compile(case: dict):
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     from tq_ao.codebook import codebook
-    from tq_ao.kernels import append, encode, extend_attention, levels, operands
+    from tq_ao.kernels import append, encode, encode_gluon, extend_attention, levels, operands
 
     dim, (k_bits, v_bits), arch = case["dim"], case["bits"], case["arch"]
     key, value = codebook(k_bits), codebook(v_bits)
     constants = {"D": dim, "DP": encode.padded_dim(dim), "OPERAND": tl.bfloat16, "KC": 32}
     options = {"num_warps": 4, "num_stages": 1}
     optional = ()
-    if case["kernel"] in ("encode", "prepare", "step", "write"):
+    if case["kernel"] in ("encode", "whole", "prepare", "step", "write"):
         module = {"encode": encode, "prepare": operands}.get(case["kernel"], append)
-        fn = getattr(module, f"{case['kernel']}_kernel")
+        gluon = case["kernel"] == "whole"
+        fn = encode_gluon.gluon_encode_kernel if gluon else getattr(module, f"{case['kernel']}_kernel")
         if case["kernel"] == "prepare":
             options = {"num_warps": operands.WARPS, "num_stages": 1}
         elif case["kernel"] == "encode":
-            options = encode.launch_options(dim, SHARED[arch], case.get("feedback", False))
+            options = encode.launch_options(dim, SHARED[arch], case.get("feedback", False), case.get("rest", False))
         constants |= {
             "BITS": k_bits, "KEY": case["key"], "STEP": key.step, "RING": case["key"], "Q": 1,
-            "FEEDBACK": case.get("feedback", False),
+            "FEEDBACK": case.get("feedback", False), "REGISTERS": encode.GROUP_REGISTERS,
             "ROWS": operands.ROWS, "K_BITS": k_bits, "V_BITS": v_bits, "K_STEP": key.step, "V_STEP": value.step,
         }  # fmt: skip
-        optional = () if case["key"] or case["kernel"] != "encode" else ("ring", "length", "start")
+        optional = () if case["key"] or case["kernel"] not in ("encode", "whole") else ("ring", "length", "start")
         if not case.get("feedback"):
             optional = (*optional, "feedback", "key_feedback", "value_feedback")
     else:
@@ -139,7 +147,8 @@ def _compile(case: dict):
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in fn.arg_names}
     aligned = [i for i, n in enumerate(fn.arg_names) if signature[n].startswith("*") or re.search("_s[bhnt]$", n)]
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned if signature[fn.arg_names[i]] != "constexpr"}
-    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
+    make = GluonASTSource if case["kernel"] == "whole" else ASTSource
+    source = make(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
     options = {n: options[n] for n in COMPILER if n in options}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -173,6 +182,7 @@ def _report(case: dict) -> dict:
         file.flush()
         sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     count = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("LDL", "STL", "HFMA2", "I2F", *PRODUCTS)}
+    count["waits"] = sass.count("WARPGROUP.DEPBAR")
     loops = _loops(sass)
     # Spills inside loops cost time, the few before them do not.
     count["loop_spills"] = sum(_count("LDL|STL", body) for body in loops)
@@ -187,7 +197,7 @@ def _report(case: dict) -> dict:
         options = extend_attention.launch_options(case["dim"], 4096, torch.bfloat16, SHARED[case["arch"]])["packed"]
         count["level_pairs"] = 2 * options["TILES"] * extend_attention.padded_dim(case["dim"]) // options["num_warps"]
     memory = {"shared": compiled.metadata.shared, "tensor": compiled.metadata.tmem_size or 0}
-    return case | count | memory | {"instructions": sass.count(";")}
+    return {"feedback": False} | case | count | memory | {"instructions": sass.count(";")}
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +272,17 @@ def test_codes_stay_in_the_registers_of_the_product(reports: list[dict]) -> None
         assert report["loop_waits"] <= 3, report
         # Two programs to a multiprocessor, so that one quantises while the other multiplies.
         assert report["shared"] <= 113 * 1024, report
+
+
+def test_whole_blocks_of_256_dims_are_encoded_by_two_warp_groups(reports: list[dict]) -> None:
+    whole = [r for r in reports if r["kernel"] == "whole"]
+    assert len(whole) >= 4
+    for report in whole:
+        assert report["HGMMA"] == 2 * (24 if report["feedback"] else 17), report  # 16 steps, and feedback or the shift
+        assert report["waits"] == 2 * (2 if report["feedback"] else 1), report  # one for each product
+        if not report["feedback"]:
+            assert report["LDL"] + report["STL"] == 0, report
+            assert report["instructions"] <= 2 * 2200, report  # of which 1300 to a half block, 128 numbers to a thread
 
 
 def test_the_loop_over_packed_tiles_is_short(reports: list[dict]) -> None:

@@ -95,8 +95,8 @@ def main() -> None:
         return row
 
     print(f"{result['device']}: copy {copy:.0f} GB/s")
-    shapes = [(128, bits, "hadamard", False, False) for bits in (1, 2, 3, 4, 8)]
-    shapes += [(head_dim, 3, "hadamard", False, False) for head_dim in (64, 256)]
+    shapes = [(head_dim, bits, "hadamard", False, False) for head_dim in (128, 256) for bits in (1, 2, 3, 4, 8)]
+    shapes += [(64, 3, "hadamard", False, False)]
     # What a calibrated model has.
     shapes += [(head_dim, 3, "dense", True, fed) for fed in (False, True) for head_dim in (64, 128, 256)]
     for head_dim, bits, kind, shifted, fed in shapes:

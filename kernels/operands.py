@@ -1,4 +1,4 @@
-"""What `encode` multiplies by, made once of a layer's maps: one bfloat16 tensor [H, size], of each head
+"""What `encode` multiplies by, made once of a layer's maps: one int16 tensor [H, size], the bits of each head's
 
     map          bf16 [DP, DP]      high part of map / unit, columns as `arrange`d, zero beyond D
     feedback     bf16 [DP/2, DP/2]  rows and columns in the order of half a product's; not there without feedback
@@ -8,7 +8,7 @@
     zeros        to 32 bytes
 
 DP is D rounded up to a power of two.  Every section begins at a multiple of 32 bytes: `feedback_at`, `shift_at` and
-`unit_at` say where, in bf16 numbers, to kernels as well.
+`unit_at` say where, in bf16 numbers, to kernels as well.  int16, because a half of a float32 may be NaN as bf16.
 """
 
 import torch
@@ -133,13 +133,13 @@ def prepare(map: torch.Tensor, shift: torch.Tensor, role: str, feedback: torch.T
         feedback: float32 [H, D / 2, D / 2] or None.
 
     Returns:
-        bfloat16 [H, size(padded_dim(D), feedback is not None)].
+        int16 [H, size(padded_dim(D), feedback is not None)].
     """
     heads, dim = shift.shape
     padded = padded_dim(dim)
-    operands = torch.empty(heads, size(padded, feedback is not None), dtype=torch.bfloat16, device=map.device)
+    operands = torch.empty(heads, size(padded, feedback is not None), dtype=torch.int16, device=map.device)
     prepare_kernel[(heads,)](
-        map.contiguous(), shift.contiguous(), contiguous(feedback), operands,
+        map.contiguous(), shift.contiguous(), contiguous(feedback), operands.view(torch.bfloat16),
         D=dim, DP=padded, KEY=role == "key", ROWS=ROWS, num_warps=WARPS,
     )  # fmt: skip
     return operands
@@ -148,22 +148,22 @@ def prepare(map: torch.Tensor, shift: torch.Tensor, role: str, feedback: torch.T
 def prepared(
     operands: torch.Tensor | None, map: torch.Tensor, shift: torch.Tensor, feedback: torch.Tensor | None, role: str
 ) -> torch.Tensor:
-    """The operands given, or those of the maps.
+    """The operands given, or those of the maps, as the bfloat16 tensor that kernels read.
 
     Raises:
         ValueError: operands of another shape or type than those of the maps.
     """
     if operands is None:
-        return prepare(map, shift, role, feedback)
+        operands = prepare(map, shift, role, feedback)
     check(operands, shift, feedback, role)
-    return operands.contiguous()
+    return operands.contiguous().view(torch.bfloat16)
 
 
 def check(operands: torch.Tensor, shift: torch.Tensor, feedback: torch.Tensor | None, role: str) -> None:
     """Raise ValueError unless operands have the shape and type of those of such maps."""
     want = (shift.shape[0], size(padded_dim(shift.shape[1]), feedback is not None))
-    if tuple(operands.shape) != want or operands.dtype != torch.bfloat16:
+    if tuple(operands.shape) != want or operands.dtype != torch.int16:
         raise ValueError(
-            f"expected {role} operands of bfloat16 {want}, got {operands.dtype} {tuple(operands.shape)}; make them of "
+            f"expected {role} operands of int16 {want}, got {operands.dtype} {tuple(operands.shape)}; make them of "
             "these maps and this feedback with ops.prepare, or give none"
         )

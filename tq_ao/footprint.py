@@ -55,7 +55,7 @@ def maps_bytes(maps: LayerMaps) -> int:
     """Bytes of a layer's maps, shifts and feedback, and of the operands that a packed layer keeps of them on a GPU."""
     heads, dim = maps.key_shift.shape
     numbers = sum(operands_size(dim, f is not None) for f in (maps.key_feedback, maps.value_feedback))
-    return maps.nbytes + heads * numbers * torch.bfloat16.itemsize
+    return maps.nbytes + heads * numbers * torch.int16.itemsize
 
 
 def memory_budget(
@@ -87,7 +87,7 @@ def memory_budget(
         beside=sum(size for i, size in enumerate(whole) if i not in layers),
     )  # fmt: skip
     feedback = 2 * heads * (dim // 2) ** 2 * torch.float32.itemsize
-    feedback += 2 * heads * (operands_size(dim, True) - operands_size(dim, False)) * torch.bfloat16.itemsize
+    feedback += 2 * heads * (operands_size(dim, True) - operands_size(dim, False)) * torch.int16.itemsize
     with_feedback = replace(memory, maps={i: size + feedback * calibrated for i, size in memory.maps.items()})
     least = smallest(with_feedback, offered(BITS, exact=True))
     all_exact = memory.needed(sum(memory.exact.values()))

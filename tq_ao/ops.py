@@ -96,7 +96,7 @@ def _prepare_cuda(map, shift, role, *, feedback=None):
 
 def _prepare_fake(map, shift, role, *, feedback=None):
     size = reference.operands_size(shift.shape[1], feedback is not None)
-    return map.new_empty(shift.shape[0], size, dtype=torch.bfloat16)
+    return map.new_empty(shift.shape[0], size, dtype=torch.int16)
 
 
 def _dense(codes, scales, head_dim, role):

@@ -126,7 +126,7 @@ def prepare(map: torch.Tensor, shift: torch.Tensor, role: Role, feedback: torch.
         feedback: float32 [H, D / 2, D / 2] or None.
 
     Returns:
-        bfloat16 [H, operands_size(D, feedback is not None)].
+        int16 [H, operands_size(D, feedback is not None)].
     """
     heads, dim = shift.shape
     padded = _padded(dim)
@@ -151,7 +151,8 @@ def prepare(map: torch.Tensor, shift: torch.Tensor, role: Role, feedback: torch.
         parts.append(f[:, pair][..., pair].flatten(1))
     last = torch.zeros(heads, 8, dtype=torch.int32, device=map.device)
     last[:, 0], last[:, 1] = unit.view(torch.int32), remainder
-    return torch.cat([*parts, minus.contiguous().view(torch.bfloat16), last.view(torch.bfloat16)], 1)
+    parts = [part.contiguous().view(torch.int16) for part in (*parts, minus, last)]
+    return torch.cat(parts, 1)
 
 
 def levels_of(codes: torch.Tensor, head_dim: int, role: Role, dtype: torch.dtype = torch.float32) -> torch.Tensor:

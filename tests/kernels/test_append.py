@@ -113,9 +113,9 @@ def test_errors_say_what_to_do(rng: torch.Generator) -> None:
     state[0] = torch.zeros(2, 2, 768, 8, dtype=torch.uint8).mT
     with pytest.raises(ValueError, match="contiguous along their last dimension"):
         append.append_(*state, k, k, *place, 32, *books)
-    key, value = (operands.prepare(maps.key, maps.key_shift, role) for role in ROLES)
+    key, value = (reference.prepare(maps.key, maps.key_shift, role) for role in ROLES)
     for given in ((key[:, 8:], value), (key, value[:1])):
-        with pytest.raises(ValueError, match=r"operands of bfloat16 \(2, 4232\), got torch.bfloat16 \("):
+        with pytest.raises(ValueError, match=r"operands of int16 \(2, 4240\), got torch.int16 \("):
             append.append_(*layer_state.empty_cache(), k, k, *place, 32, *books, None, None, *given)
 
 

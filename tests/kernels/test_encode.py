@@ -107,10 +107,10 @@ def test_operands_of_other_maps_are_refused(rng: torch.Generator) -> None:
     maps = layer_state.maps(2, 64, rng, feedback=True).to(DEVICE)
     x = layer_state.tokens(1, 2, 32, 64, rng).to(DEVICE)
     ahead = operands.prepare(maps.key, maps.key_shift, "key", maps.key_feedback)
-    for wrong, came in ((ahead[:1], r"bfloat16 \(1, 5264\)"), (ahead.float(), r"float32 \(2, 5264\)")):
-        with pytest.raises(ValueError, match=rf"key operands of bfloat16 \(2, 5264\), got torch.{came}; make them"):
+    for wrong, came in ((ahead[:1], r"int16 \(1, 5264\)"), (ahead.float(), r"float32 \(2, 5264\)")):
+        with pytest.raises(ValueError, match=rf"key operands of int16 \(2, 5264\), got torch.{came}; make them"):
             triton_encode.encode(x, maps.key, maps.key_shift, codebook(3), "key", maps.key_feedback, wrong)
-    with pytest.raises(ValueError, match=r"\(2, 4240\), got torch.bfloat16 \(2, 5264\); make them of these maps and"):
+    with pytest.raises(ValueError, match=r"\(2, 4240\), got torch.int16 \(2, 5264\); make them of these maps and"):
         triton_encode.encode(x, maps.key, maps.key_shift, codebook(3), "key", None, ahead)
 
 

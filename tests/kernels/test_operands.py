@@ -42,7 +42,7 @@ def test_operands_equal_those_of_plain_torch(
     got = operands.prepare(map.to(DEVICE), maps.key_shift, role, maps.key_feedback)
     want = reference.prepare(map, maps.key_shift.cpu(), role, None if not feedback else maps.key_feedback.cpu())
     assert got.shape == want.shape == (2, operands.size(operands.padded_dim(dim), feedback))
-    assert got.dtype == want.dtype == torch.bfloat16 and got.is_contiguous() and want.is_contiguous()
+    assert got.dtype == want.dtype == torch.int16 and got.is_contiguous() and want.is_contiguous()
     got, want = (sections(x, dim, feedback) for x in (got, want))
     assert torch.allclose(got.pop("minus"), want.pop("minus"), rtol=1e-5, atol=1e-5 / want["unit"].min().item())
     assert all(torch.equal(got[name], want[name]) for name in want)

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -63,3 +66,9 @@ def test_errors() -> None:
         LayerMaps(**good, value_feedback=good["value"])
     with pytest.raises(ValueError, match=r"map 'key_shift'.*got torch.float64|map 'key' to be float32"):
         LayerMaps(**{**good, "key": good["key"].double()})
+
+
+def test_dense_maps_of_256_dims_are_made_in_threads_that_a_caller_sets() -> None:
+    """In a process of its own: a batched LU hangs there."""
+    program = "import torch, tq_ao.rotation as r; torch.set_num_threads(2); r.rotation_maps('dense', 2, 256, 0)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

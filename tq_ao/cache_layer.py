@@ -14,7 +14,7 @@ from tq_ao import ops, reference
 from tq_ao.codebook import ROLES
 from tq_ao.config import LayerScheme
 from tq_ao.packing import TILE, tile_bytes
-from tq_ao.rotation import MapSource
+from tq_ao.rotation import MapSource, one_by_one
 from tq_ao.tensor import TurboQuantTensor
 
 # The ring keeps this many tokens beyond the window: one tile filling, and one tile of room so that taking back
@@ -275,8 +275,8 @@ class TurboQuantLayer(CacheLayerMixin):
         """
         ring, maps = self.k_recent.shape[2], self.layer_maps
         sides = (
-            (self.k_codes, self.k_scales, self.k_recent, torch.linalg.inv(maps.key), maps.key_shift),
-            (self.v_codes, self.v_scales, self.v_recent, torch.linalg.inv(maps.value), maps.value_shift),
+            (self.k_codes, self.k_scales, self.k_recent, one_by_one(torch.linalg.inv, maps.key), maps.key_shift),
+            (self.v_codes, self.v_scales, self.v_recent, one_by_one(torch.linalg.inv, maps.value), maps.value_shift),
         )
         for row, first in enumerate(self.start.tolist()):
             lost_from = reference.packed_tokens(max(0, length - first), self.sinks, self.window, ring)

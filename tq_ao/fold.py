@@ -29,7 +29,7 @@ from tq_ao.calibration.capture import AttentionCall, exact, intercept
 from tq_ao.calibration.statistics import PROJECTIONS
 from tq_ao.checkpoint import read_stored
 from tq_ao.errors import ModelError
-from tq_ao.rotation import LayerMaps, MapSource
+from tq_ao.rotation import LayerMaps, MapSource, one_by_one
 
 LIMIT = 1e-3  # nats: rounding to bfloat16 costs a hundredth of it, a wrong formula a thousand times as much
 _LEAVE_OUT = "leave --fold-values out"
@@ -188,7 +188,8 @@ def fold_output(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """
     heads, dim, _ = value.shape
     per_head = weight.double().unflatten(1, (heads, -1, dim))  # [out, H, G, D]
-    return torch.einsum("ohgd,hed->ohge", per_head, torch.linalg.inv(value.double())).flatten(1).to(weight.dtype)
+    inverse = one_by_one(torch.linalg.inv, value.double())
+    return torch.einsum("ohgd,hed->ohge", per_head, inverse).flatten(1).to(weight.dtype)
 
 
 def folded_maps(maps: LayerMaps, by: torch.Tensor) -> LayerMaps:
@@ -198,7 +199,7 @@ def folded_maps(maps: LayerMaps, by: torch.Tensor) -> LayerMaps:
         by: [H, D, D], invertible; with `maps.value` the new `value` is exactly I.
     """
     by = by.double()
-    value = torch.linalg.solve(by, maps.value.double())
+    value = one_by_one(torch.linalg.solve, by, maps.value.double())
     if torch.equal(by, maps.value.double()):
         value = torch.eye(by.shape[-1], device=by.device).expand_as(by)
     shift = (maps.value_shift.double()[:, None] @ by)[:, 0]

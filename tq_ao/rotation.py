@@ -13,7 +13,7 @@ zero shifts; calibrated maps are other matrices in the same four places.  Calibr
 carry a gain a little above 1 over the inverse, which makes up for the shrinkage of least-squares levels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -103,6 +103,15 @@ def rotations(kind: str, heads: int, dim: int, seed: int) -> torch.Tensor:
     return (signs * h).float()
 
 
+def one_by_one(f: Callable[..., torch.Tensor], *stacks: torch.Tensor) -> torch.Tensor:
+    """f of matrices [D, D] of each stack [H, D, D], one head at a time, stacked.
+
+    For what factorises by LU: after `torch.set_num_threads`, oneMKL 2024.2 (in torch 2.13) never ends with a batch of
+    float64 matrices of 256 dims, and says that a parameter of DLASWP was incorrect.
+    """
+    return torch.stack([f(*matrices) for matrices in zip(*stacks, strict=True)])
+
+
 def in_one_part(map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A map that encode can multiply by as one bf16 operand instead of two, and its exact inverse.
 
@@ -117,7 +126,7 @@ def in_one_part(map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     size = map.float().abs()
     rounded = map.float() if size.amin() == size.amax() else map.to(torch.bfloat16).float()
-    return rounded, torch.linalg.inv(rounded.double()).float().contiguous()
+    return rounded, one_by_one(torch.linalg.inv, rounded.double()).float()
 
 
 @lru_cache(maxsize=64)

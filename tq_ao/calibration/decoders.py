@@ -18,7 +18,7 @@ from tq_ao.calibration.sensitivity import bar, device_of
 from tq_ao.calibration.statistics import attention_rows, packed_pairs, pair_weights
 from tq_ao.evaluation.simulate import LayerPlan, row_blocks
 from tq_ao.reference import rounded
-from tq_ao.rotation import LayerMaps
+from tq_ao.rotation import LayerMaps, one_by_one
 
 RIDGE = 1e-3
 
@@ -67,7 +67,7 @@ def _solve(gram: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, ridge: 
     """Ridge regression towards `prior` [H, D, D]."""
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     weight = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * eye
-    return torch.linalg.solve(gram + weight, cross + weight @ prior.double()).float().contiguous()
+    return one_by_one(torch.linalg.solve, gram + weight, cross + weight @ prior.double()).float().contiguous()
 
 
 def _levels(

@@ -17,7 +17,7 @@ import torch
 from tq_ao.calibration.feedback import fed_back
 from tq_ao.calibration.statistics import LayerStatistics, Moments
 from tq_ao.calibration.symmetric import RIDGE, matrix_power, regularized
-from tq_ao.rotation import LayerMaps, in_one_part, rotations
+from tq_ao.rotation import LayerMaps, in_one_part, one_by_one, rotations
 
 KEY_VARIANTS = (
     "plain", "tokens", "attention", "attention-centred", "fisher", "fisher-centred", "attention-feedback",
@@ -54,14 +54,14 @@ def balance(stored: torch.Tensor, reader: torch.Tensor, ridge: float = RIDGE) ->
     half, inverse = matrix_power(stored, 0.5), matrix_power(stored, -0.5)
     m = inverse @ matrix_power(half @ reader @ half, 0.5) @ inverse
     a = matrix_power((m + m.mT) / 2, 0.5)
-    return a / torch.exp(torch.linalg.slogdet(a)[1] / a.shape[-1])[:, None, None]
+    return a / torch.exp(one_by_one(torch.logdet, a) / a.shape[-1])[:, None, None]
 
 
 def expected_error(stored: torch.Tensor, reader: torch.Tensor, a: torch.Tensor | None = None) -> torch.Tensor:
     """tr(M^-1 reader) tr(M stored) with M = A A (identity if None): [H]."""
     if a is None:
         return _trace(stored.double()) * _trace(reader.double())
-    inverse = torch.linalg.inv(a)
+    inverse = one_by_one(torch.linalg.inv, a)
     return _trace(a @ stored.double() @ a) * _trace(inverse @ reader.double() @ inverse)
 
 

@@ -240,8 +240,8 @@ def test_other_configurations_spill_little(reports: list[dict]) -> None:
         # eight warps leave half the registers to a thread; on sm_100, never measured, sums are copied to them.
         crowded = max(report["bits"]) == 8 or report["arch"] in (80, 100)
         share = 0.05
-        if (report["kernel"], report["dim"]) == ("encode", 256) and crowded:
-            share = 0.12 if report["arch"] == 100 else 0.1  # 10.7 % of values with feedback at 8 bits
+        if report["kernel"] in ("encode", "whole") and report["dim"] == 256 and crowded:
+            share = 0.12 if report["arch"] == 100 else 0.1  # 10.7 % of values with feedback at 8 bits (Hopper 7.8 %)
         if (report["kernel"], report["dim"], report["arch"]) == ("packed", 256, 89) and report["bits"][1] == 8:
             share = 0.06  # 5.4 to 5.6 %, whatever the keys
         assert report["LDL"] + report["STL"] <= share * report["instructions"], report

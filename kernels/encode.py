@@ -10,13 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .mapped import mapped, mapped_here, shift_operand
+from .mapped import mapped, mapped_here, shift_rows
 from .operands import feedback_at, load_remainder, load_shift, load_square, padded_dim, prepared, size
 from .pack import get_words, put_scales, put_words, quantize, token_order
 
 TILE = 32
 RESIDENT = {32: 4, 64: 4, 128: 2}  # programs to a multiprocessor; larger dims: 1
-GROUP_REGISTERS = 240  # of a thread of the second warp group of `encode_gluon`; the first has as many
 WIDE = 200  # KiB of shared memory: a chip with wgmma or tcgen05
 
 
@@ -125,7 +124,7 @@ def encode_kernel(
             # (x - shift) @ map = x @ map - shift @ map
             minus, unit = load_shift(operands, DP, FEEDBACK)
             if SHIFT_ROWS:
-                minus = shift_operand(minus, OPERAND)
+                minus = shift_rows(minus, tl.arange(0, 16)[:, None]).to(OPERAND)
             m = load_square(operands, min(DP, 128), DP, OPERAND)
             m2 = None
             if DP > 128:
@@ -242,7 +241,7 @@ def encode_many(
             x, words, scales, operands, length, start, *x.stride()[:3], *words.stride()[:3], *scales.stride()[:3],
             heads, n, codes.shape[2], sinks, window,
             D=dim, BITS=book.bits, KEY=role == "key", STEP=book.step, FEEDBACK=feedback is not None,
-            RING=ring is not None, REGISTERS=GROUP_REGISTERS, num_warps=4, launch_pdl=True,
+            RING=ring is not None, num_warps=4, launch_pdl=True,
         )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .encode import counts, whole_blocks
 from .gluon_basics import async_load, barrier, wait_for_previous
-from .mapped import two_parts
+from .mapped import shift_rows
 from .operands import feedback_at, shift_at, size, unit_at
 from .pack import (
     codes_of,
@@ -35,6 +35,7 @@ from .pack import (
 )  # fmt: skip
 
 GROUPS = gl.constexpr(2)
+REGISTERS = gl.constexpr(240)  # of a thread of the second group; the first has as many
 TILES = gl.constexpr(4)  # of a block; half a block is 64 rows
 # Tokens are copied 16 bytes to a lane and instruction, one row of 256 dims to a warp, which has 16 consecutive rows.
 _DIMS = [[0, 8], [0, 16], [0, 32], [0, 64], [0, 128]]
@@ -63,14 +64,10 @@ def _copy(to, at, N: gl.constexpr):
 
 @gluon.jit
 def _put_shift(to, minus, D: gl.constexpr):
-    """Write minus float32 [D] to shared memory [16, D] as `shift_operand` does: three bf16 numbers below each other."""
+    """Write `shift_rows` of minus float32 [D] to shared memory [16, D]."""
     L: gl.constexpr = gl.BlockedLayout([16, 2], [1, 32], [1, 4], [1, 0])
     row = gl.arange(0, 16, gl.SliceLayout(1, L))[:, None]
-    shifted = gl.load(minus + gl.arange(0, D, gl.SliceLayout(0, L)))
-    high, _rest = two_parts(shifted, gl.float32)
-    middle, low = two_parts(shifted - high, gl.float32)
-    rows = gl.where(row == 0, high[None, :], gl.where(row == 1, middle[None, :], low[None, :]))
-    to.store(gl.where(row < 3, rows, 0.0).to(gl.bfloat16))
+    to.store(shift_rows(gl.load(minus + gl.arange(0, D, gl.SliceLayout(0, L))), row))
 
 
 @gluon.jit
@@ -179,7 +176,7 @@ def gluon_encode_kernel(
     x_sb, x_sh, x_sn, w_sb, w_sh, w_st, s_sb, s_sh, s_st,
     heads, n, tiles, sinks, window,
     D: gl.constexpr, BITS: gl.constexpr, KEY: gl.constexpr, STEP: gl.constexpr, FEEDBACK: gl.constexpr,
-    RING: gl.constexpr, REGISTERS: gl.constexpr,
+    RING: gl.constexpr,
 ):  # fmt: skip
     """Arguments of `encode_kernel`, x aligned as `encode.runs_gluon` says.
 

@@ -64,13 +64,12 @@ def load_rows(rows, ok, first, D: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def shift_operand(minus, OPERAND: tl.constexpr):
-    """minus float32 [DP] as three bf16 numbers below each other, the first rows of an operand [16, DP]."""
+def shift_rows(minus, row):
+    """minus float32 [DP] as three bf16 numbers below each other, the first of the rows, row int32 [16, 1]."""
     high, _rest = two_parts(minus, tl.float32)
     middle, low = two_parts(minus - high, tl.float32)
-    row = tl.arange(0, 16)[:, None]
     rows = tl.where(row == 0, high[None, :], tl.where(row == 1, middle[None, :], low[None, :]))
-    return tl.where(row < 3, rows, 0.0).to(tl.bfloat16).to(OPERAND)
+    return tl.where(row < 3, rows, 0.0).to(tl.bfloat16)
 
 
 @triton.jit
@@ -96,7 +95,7 @@ def add_product(x, m, y, OPERAND: tl.constexpr):
 def mapped_here(rows, minus, m, m2, D: tl.constexpr, DP: tl.constexpr, OPERAND: tl.constexpr):
     """`mapped`, all rows, by a map in one part that stays in shared memory, m its first 128 rows, m2 the others.
 
-    minus: minus the mapped shift, float32 [DP], or as `shift_operand` makes it.
+    minus: minus the mapped shift, float32 [DP], or as `shift_rows` makes it, an operand.
     """
     K: tl.constexpr = min(DP, 128)
     if len(minus.shape) == 1:

@@ -122,7 +122,7 @@ def _compile(case: dict):
             options = encode.launch_options(dim, SHARED[arch], case.get("feedback", False), case.get("rest", False))
         constants |= {
             "BITS": k_bits, "KEY": case["key"], "STEP": key.step, "RING": case["key"], "Q": 1,
-            "FEEDBACK": case.get("feedback", False), "REGISTERS": encode.GROUP_REGISTERS,
+            "FEEDBACK": case.get("feedback", False),
             "ROWS": operands.ROWS, "K_BITS": k_bits, "V_BITS": v_bits, "K_STEP": key.step, "V_STEP": value.step,
         }  # fmt: skip
         optional = () if case["key"] or case["kernel"] not in ("encode", "whole") else ("ring", "length", "start")

@@ -17,7 +17,7 @@ def sections(x: torch.Tensor, dim: int, feedback: bool) -> dict[str, torch.Tenso
     """What a kernel finds at the offsets that it is told."""
     padded = operands.padded_dim(dim)
     at = [0, operands.feedback_at(padded), operands.shift_at(padded, feedback), operands.unit_at(padded, feedback)]
-    assert all(offset % 8 == 0 for offset in (*at, x.shape[1]))
+    assert all(offset % 16 == 0 for offset in (*at, x.shape[1]))  # 32 bytes, which copies of 16 bytes a lane rest on
     map, square, minus, last = x.cpu().tensor_split(at[1:], dim=1)
     assert not last.contiguous().view(torch.int32)[:, 2:].any()
     return {

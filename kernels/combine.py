@@ -15,29 +15,25 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _load_parts(
-    p_o, p_ml, rows, base, live, parts, first, dims, G: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
+def _load_parts(p_o, p_ml, base, live, parts, first, dims, G: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr):
     """Maximum and mass [PARTS, R], output [PARTS, R, dims] of parts first, first + 1, ... of R queries.
 
-    base, live [R]: the queries' entry of part 0, and whether they exist.  Outputs of empty parts are loaded but masked
-    later, so that no load waits for another.
+    base, live [R]: the queries' entry of part 0, and whether they exist.
     """
     part = first + tl.arange(0, PARTS)
     inside = live[None, :] & (part < parts)[:, None]
     at = base[None, :] + part[:, None] * G
-    l = tl.load(p_ml + rows + at, mask=inside, other=0.0)
-    m = tl.load(p_ml + at, mask=inside, other=-1e30)
+    m = tl.load(p_ml + 2 * at, mask=inside, other=-1e30)
+    l = tl.load(p_ml + 2 * at + 1, mask=inside, other=0.0)
     o = tl.load(p_o + at[:, :, None] * D + dims[None, None, :], mask=inside[:, :, None] & (dims < D), other=0.0)
-    return tl.where(l == 0.0, -1e30, m), l, o
+    return m, l, o
 
 
 @triton.jit
 def _weighted(m, l, o, top):
     """Mass [R] and output [R, dims] relative to 2 ** top [R]."""
-    weight = tl.where(l == 0.0, 0.0, tl.exp2(m - top[None, :]))
-    o = tl.where((l == 0.0)[:, :, None], 0.0, o * weight[:, :, None])
-    return tl.sum(weight * l, axis=0), tl.sum(o, axis=0)
+    weight = tl.exp2(m - top[None, :])
+    return tl.sum(weight * l, axis=0), tl.sum(o * weight[:, :, None], axis=0)
 
 
 @triton.jit(do_not_specialize=["batch", "splits", "chunks"])
@@ -49,8 +45,9 @@ def combine_kernel(
 ):  # fmt: skip
     """See the module docstring.
 
-    split_o: float32 [B * H, splits, G, D], split_ml: float32 [2, B * H, splits, G], a split without tokens has l = 0
-    and an unwritten o; exact_o, exact_ml: the same with chunks for splits; out: [B * H * G, D] in the query's dtype.
+    split_o: float32 [B * H, splits, G, D], split_ml: float32 [B * H, splits, G, 2], a split without tokens has
+    m = -1e30, l = 0 and o = 0; exact_o, exact_ml: the same with chunks for splits; out: [B * H * G, D] in the query's
+    dtype.
     MORE: there are more than PARTS splits or chunks.
     """
     h = tl.program_id(0).to(tl.int64)
@@ -63,11 +60,10 @@ def combine_kernel(
     map = tl.load(output_map + h * D * D + dims[:, None] * D + column[None, :], mask=inside, other=0.0)
     shift = tl.load(value_shift + h * D + column, mask=in_column, other=0.0)
     bh = (mine // G).to(tl.int64) * heads + h
-    pairs = tl.cast(batch, tl.int64) * heads * G
     of_split = bh * splits * G + mine % G
     of_exact = bh * chunks * G + mine % G
-    m_s, l_s, o_s = _load_parts(split_o, split_ml, pairs * splits, of_split, live, splits, 0, dims, G, D, PARTS)
-    m_e, l_e, o_e = _load_parts(exact_o, exact_ml, pairs * chunks, of_exact, live, chunks, 0, column, G, D, PARTS)
+    m_s, l_s, o_s = _load_parts(split_o, split_ml, of_split, live, splits, 0, dims, G, D, PARTS)
+    m_e, l_e, o_e = _load_parts(exact_o, exact_ml, of_exact, live, chunks, 0, column, G, D, PARTS)
     top = tl.maximum(tl.max(m_s, axis=0), tl.max(m_e, axis=0))
     if HAS_SINK:
         sink = tl.load(sink_logits + h * G + mine % G, mask=live, other=0.0).to(tl.float32) * LOG2E
@@ -76,10 +72,8 @@ def combine_kernel(
     mass_exact, y = _weighted(m_e, l_e, o_e, top)
     if MORE:
         for s in range(PARTS, tl.maximum(splits, chunks), PARTS):
-            m_s, l_s, o_s = _load_parts(split_o, split_ml, pairs * splits, of_split, live, splits, s, dims, G, D, PARTS)
-            m_e, l_e, o_e = _load_parts(
-                exact_o, exact_ml, pairs * chunks, of_exact, live, chunks, s, column, G, D, PARTS
-            )
+            m_s, l_s, o_s = _load_parts(split_o, split_ml, of_split, live, splits, s, dims, G, D, PARTS)
+            m_e, l_e, o_e = _load_parts(exact_o, exact_ml, of_exact, live, chunks, s, column, G, D, PARTS)
             new = tl.maximum(top, tl.maximum(tl.max(m_s, axis=0), tl.max(m_e, axis=0)))
             old = tl.exp2(top - new)
             mass_s, x_s = _weighted(m_s, l_s, o_s, new)

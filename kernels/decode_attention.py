@@ -61,7 +61,7 @@ class Config(NamedTuple):
     """How the Gluon kernel is launched.
 
     Tiles of 8 query heads to a program, packed tiles to a softmax step, ring slots, register cap, programs to a
-    multiprocessor.
+    multiprocessor, exact tokens to a chunk at least.
     """
 
     head_tiles: int
@@ -69,16 +69,19 @@ class Config(NamedTuple):
     stages: int
     registers: int
     resident: int
+    chunk: int
 
 
 def configure(head_dim: int, head_tiles: int) -> Config:
     """The launch of the Gluon kernel for a shape; head_tiles: tiles of 8 query heads to a KV head."""
     together = min(head_tiles, 2 if head_dim <= 128 else 1)
+    # Exact tokens pass through shared memory in turns; more turns to a program make fewer partial results.
+    chunk = 96 if head_dim <= 64 else 64 if head_dim <= 128 else 32
     if together == 2 or head_dim > 128:
-        return Config(together, tiles=1, stages=2, registers=255, resident=8)
+        return Config(together, tiles=1, stages=2, registers=255, resident=8, chunk=chunk)
     if head_dim % 64:  # one ring plane for each group of 32 codes: more addresses
-        return Config(together, tiles=2, stages=2, registers=200, resident=10)
-    return Config(together, tiles=2, stages=2, registers=168, resident=12)
+        return Config(together, tiles=2, stages=2, registers=200, resident=10, chunk=chunk)
+    return Config(together, tiles=2, stages=2, registers=168, resident=12, chunk=chunk)
 
 
 class MergeConfig(NamedTuple):
@@ -96,12 +99,12 @@ class MergeConfig(NamedTuple):
 def merge_config(head_dim: int, rows: int, splits: int, multiprocessors: int) -> MergeConfig:
     """The launch of the merge for `rows` = B * Hq queries: eight warps, unless the dims are few; one for each SM."""
     padded = triton.next_power_of_2(head_dim)
+    if padded == 128 and rows // 8 >= 0.95 * multiprocessors:  # the map is read fewer times
+        return MergeConfig(128, 16 if rows // 16 >= 0.95 * multiprocessors else 8, 1, 8)
     columns, queries = min(64, padded) if padded <= 256 else 32, 8
     while queries > 1 and rows // queries * triton.cdiv(head_dim, columns) < 0.95 * multiprocessors:
         queries //= 2
-    if padded == 128 and rows // queries >= 1.5 * multiprocessors:  # the map is read fewer times
-        columns = 128
-    if padded == 128 and columns == 64 and queries >= 4 and 8 < splits <= 32:  # all at once, by half the programs
+    if padded == 128 and queries >= 4 and 8 < splits <= 32:  # all at once, by half the programs
         return MergeConfig(columns, 8, 1, 32)
     dim_warps = min(8 // queries, padded // 16)
     parts = 8 if splits <= 8 else 2048 * dim_warps // padded  # at most 64 numbers of them to a thread
@@ -113,8 +116,8 @@ def map_columns(head_dim: int, dtype: torch.dtype, blocks: int, multiprocessors:
 
     Fewer columns, more programs: a map is ready earlier, until the programs outnumber what runs at once.
     """
-    if head_dim == 128 and dtype == torch.bfloat16 and blocks * 4 > 2 * multiprocessors:
-        return 64
+    if head_dim in (128, 256) and dtype == torch.bfloat16 and blocks * 4 > 2 * multiprocessors:
+        return 16384 // head_dim
     return 32 if head_dim <= (256 if dtype == torch.bfloat16 else 128) else 16
 
 
@@ -127,7 +130,7 @@ def _readable_by_gluon(*exact: torch.Tensor) -> bool:
     )  # fmt: skip
 
 
-def plan(programs: int, tiles: int, exact_tokens: int, slots: int, tiles_per_step: int) -> tuple[int, int]:
+def plan(programs: int, tiles: int, exact_tokens: int, slots: int, config: Config) -> tuple[int, int]:
     """How the work of a (row, KV head, head tile) is shared among `slots / programs` programs that run at once.
 
     Returns:
@@ -135,9 +138,9 @@ def plan(programs: int, tiles: int, exact_tokens: int, slots: int, tiles_per_ste
     """
     room = max(1, slots // programs)
     least = triton.cdiv(tiles * TILE + 16 * exact_tokens, MAX_SPLIT_TOKENS)  # in bytes an exact token is 16 of 1 bit
-    useful = triton.cdiv(tiles, max(MIN_TILES, MIN_STEPS * tiles_per_step)) + triton.cdiv(exact_tokens, TILE)
+    useful = triton.cdiv(tiles, max(MIN_TILES, MIN_STEPS * config.tiles)) + triton.cdiv(exact_tokens, TILE)
     splits = max(1, least, min(room, useful, MAX_SPLITS))
-    return splits, TILE * triton.cdiv(exact_tokens, TILE * splits)
+    return splits, max(config.chunk, TILE * triton.cdiv(exact_tokens, TILE * splits))
 
 
 def decode_attention(
@@ -208,7 +211,7 @@ def decode_attention(
     exact_tokens = max(1, sinks + (min(window + TILE, capacity) if capacity else 0))
     slots = _multiprocessors(device) * config.resident
     half_precision = q.dtype.itemsize == 2 and k_recent.dtype.itemsize == 2
-    splits, chunk = plan(programs, tiles, 0 if separate else exact_tokens, slots, config.tiles)
+    splits, chunk = plan(programs, tiles, 0 if separate else exact_tokens, slots, config)
     if separate:
         chunk = 64 if half_precision or padded <= 128 else 32  # what shared memory holds
     chunks = triton.cdiv(exact_tokens, chunk)
@@ -229,9 +232,9 @@ def decode_attention(
     # The Gluon kernel can leave partial outputs in 16 bits; short ones are merged faster in 32.
     partial = f32 if separate or dim <= 64 else torch.float16
     exact_o = torch.empty(rows * chunks * dim, dtype=partial, device=device)
-    exact_ml = torch.empty(2 * rows * chunks, dtype=f32, device=device)
+    exact_ml = torch.empty(rows * chunks, 2, dtype=f32, device=device)
     split_o = torch.empty(rows * splits * dim, dtype=partial, device=device)
-    split_ml = torch.empty(2 * rows * splits, dtype=f32, device=device)
+    split_ml = torch.empty(rows * splits, 2, dtype=f32, device=device)
     out = torch.empty(batch, q_heads, 1, dim, dtype=q.dtype, device=device)
 
     # Programmatic dependent launch: each launch starts while the one before it ends.
@@ -275,22 +278,22 @@ def decode_attention(
             K_BITS=k_bits, V_BITS=v_bits, SOFTCAP=softcap > 0, num_warps=8, num_stages=1,
         )  # fmt: skip
     sink = sink_logits if sink_logits is not None else bias
-    arguments = (
-        split_o, split_ml, exact_o, exact_ml, output_map, value_shift, sink, out, batch, heads, splits, chunks
-    )  # fmt: skip
+    arguments = (output_map, value_shift, sink, out, batch, heads, splits, chunks)
     shape = {"G": group, "D": dim, "DP": padded, "HAS_SINK": sink_logits is not None}
     if use_gluon:
         from .combine_gluon import combine_gluon_kernel
 
         merge = merge_config(dim, rows, splits, _multiprocessors(device))
         combine_gluon_kernel[(heads, triton.cdiv(batch * group, merge.queries), triton.cdiv(dim, merge.columns))](
-            *arguments, **shape, COLUMNS=merge.columns, R=merge.queries, WD=merge.dim_warps, PARTS=merge.parts,
-            MORE=splits > merge.parts, E_PARTS=8, E_MORE=chunks > 8, PDL=pdl,
+            split_o, split_ml.view(torch.int64), exact_o, exact_ml.view(torch.int64), *arguments, **shape,
+            COLUMNS=merge.columns, R=merge.queries, WD=merge.dim_warps, PARTS=merge.parts, MORE=splits > merge.parts,
+            E_PARTS=min(8, triton.next_power_of_2(chunks)), E_MORE=chunks > 8, PDL=pdl,
             num_warps=merge.queries * merge.dim_warps, launch_pdl=pdl,
         )  # fmt: skip
     else:
         columns, queries, parts = min(32, padded), 4, 8
         combine_kernel[(heads, triton.cdiv(batch * group, queries), triton.cdiv(dim, columns))](
-            *arguments, **shape, COLUMNS=columns, R=queries, PARTS=parts, MORE=max(splits, chunks) > parts, num_warps=4,
+            split_o, split_ml, exact_o, exact_ml, *arguments, **shape, COLUMNS=columns, R=queries, PARTS=parts,
+            MORE=max(splits, chunks) > parts, num_warps=4,
         )  # fmt: skip
     return out

@@ -317,16 +317,12 @@ def gluon_splits_kernel(
         at_s = b * stride_sb + h * stride_sh
         at_r = b * stride_rb + h * stride_rh
         at_part = (bh * chunks + split).to(gl.int64) * G
-        exact_rows = gl.num_programs(1).to(gl.int64) * chunks * G
         for x in gl.static_range(HT):
-            m_exact, l_exact, acc_exact, live = attend_exact(
+            m_exact, l_exact, acc_exact = attend_exact(
                 at_q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, (group + x) * 8, split,
                 n_sinks, n_exact, packed, capacity, chunk_tokens, factor, cap, G, D, QD, EXACT_TOKENS, SOFTCAP, S_L,
             )  # fmt: skip
-            store_part(
-                exact_o, exact_ml, m_exact, l_exact, acc_exact, live, at_part, exact_rows, (group + x) * 8,
-                G, D, QD, True, S_L,
-            )  # fmt: skip
+            store_part(exact_o, exact_ml, m_exact, l_exact, acc_exact, at_part, (group + x) * 8, G, D, QD, True, S_L)
     # One allocation per plane: Triton 3.6 puts a barrier between any two copies into the same allocation.
     ring = ()
     for _ in gl.static_range(TILES * PLANES):
@@ -389,7 +385,6 @@ def gluon_splits_kernel(
         )  # fmt: skip
 
     at_split = (bh * splits + split).to(gl.int64) * G
-    rows = gl.num_programs(1).to(gl.int64) * splits * G
     block = gl.arange(0, QD, gl.SliceLayout(1, S_L)) // 8 % 4
     unit = inverse_units(block, V_BITS) * (1.0 if V_BITS == 8 else SUBNORMAL)
     for x in gl.static_range(HT):
@@ -401,7 +396,4 @@ def gluon_splits_kernel(
         for c in gl.static_range(CHUNKS):
             o = acc[x * CHUNKS + c] * unit[:, None] - below[None, :]
             mine = mine + (o * (1.0 / 127.0) if V_BITS == 8 else o,)
-        store_part(
-            split_o, split_ml, m_out, l[x], mine, end > first, at_split, rows, (group + x) * 8,
-            G, D, QD, False, S_L,
-        )  # fmt: skip
+        store_part(split_o, split_ml, m_out, l[x], mine, at_split, (group + x) * 8, G, D, QD, False, S_L)

@@ -136,9 +136,7 @@ def portable_splits_kernel(
         m += bias
 
     at_split = (bh * splits + split).to(tl.int64) * G + head
-    if end > begin:
-        write = has_head[:, None] & in_dim[None, :]
-        tl.store(split_o + at_split[:, None] * D + dims[None, :], acc * inverse_unit, mask=write)
-    rows = tl.num_programs(1).to(tl.int64) * splits * G
-    tl.store(split_ml + at_split, m, mask=has_head)
-    tl.store(split_ml + rows + at_split, l, mask=has_head)
+    write = has_head[:, None] & in_dim[None, :]
+    tl.store(split_o + at_split[:, None] * D + dims[None, :], acc * inverse_unit, mask=write)
+    tl.store(split_ml + 2 * at_split, m, mask=has_head)
+    tl.store(split_ml + 2 * at_split + 1, l, mask=has_head)

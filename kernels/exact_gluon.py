@@ -50,8 +50,8 @@ def attend_exact(
     chunk_tokens, factor, cap,
     G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, T: gl.constexpr, SOFTCAP: gl.constexpr, S_L: gl.constexpr,
 ):  # fmt: skip
-    """Online softmax of 8 query heads over chunk_tokens of the `count` exact tokens, T at a time: maximum, sum, output
-    for each QD dimensions, and whether there were any.
+    """Online softmax of 8 query heads over chunk_tokens of the `count` exact tokens, T at a time: maximum, sum, and
+    output for each QD dimensions; -1e30, 0 and 0 of no tokens.
 
     Queries and probabilities enter the 16-bit products as high + low part: 16 bits or more.
     """
@@ -125,15 +125,15 @@ def attend_exact(
                 keys, values, k_sinks, v_sinks, k_recent, v_recent, at_s, at_r, first + T, n_sinks, count, base,
                 capacity, D, QD, T,
             )  # fmt: skip
-    return m, l, acc, begin < end
+    return m, l, acc
 
 
 @gluon.jit
 def store_part(
-    p_o, p_ml, m, l, acc, live, at_part, rows, first_head,
+    p_o, p_ml, m, l, acc, at_part, first_head,
     G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, EXACT: gl.constexpr, S_L: gl.constexpr,
 ):  # fmt: skip
-    """Store the result of 8 heads: entry at_part + head of p_o [.., D] (if live) and of p_ml [2, rows].
+    """Store the result of 8 heads: entry at_part + head of p_o [.., D] and of p_ml [.., 2].
 
     Of each QD dimensions row 8 a + g is stored at QD / 8 g + a, where a lane has consecutive ones; exact outputs, which
     are merged as they are, are exchanged between lanes and stored in order.  (m, l, o) and
@@ -145,15 +145,14 @@ def store_part(
     l *= unit
     unit = gl.convert_layout(unit, gl.SliceLayout(0, S_L))
     head = first_head + gl.arange(0, 8, m.type.layout)
-    if live:
-        for c in gl.static_range(D // QD):
-            o = (acc[c] * unit[None, :]).to(p_o.dtype.element_ty)
-            if not EXACT:
-                o = gl.reshape(gl.permute(gl.reshape(o, [QD // 8, 8, 8]), (1, 0, 2)), [QD, 8])
-            o = gl.convert_layout(o, _output_layout(QD), assert_trivial=not EXACT)
-            dim = gl.arange(0, QD, gl.SliceLayout(1, o.type.layout))
-            column = first_head + gl.arange(0, 8, gl.SliceLayout(0, o.type.layout))
-            to = p_o + at_part * D + column[None, :] * D + (c * QD + dim)[:, None]
-            gl.store(to, o, mask=(column < G)[None, :])
-    gl.store(p_ml + at_part + head, m, mask=head < G)
-    gl.store(p_ml + rows + at_part + head, l, mask=head < G)
+    for c in gl.static_range(D // QD):
+        o = (acc[c] * unit[None, :]).to(p_o.dtype.element_ty)
+        if not EXACT:
+            o = gl.reshape(gl.permute(gl.reshape(o, [QD // 8, 8, 8]), (1, 0, 2)), [QD, 8])
+        o = gl.convert_layout(o, _output_layout(QD), assert_trivial=not EXACT)
+        dim = gl.arange(0, QD, gl.SliceLayout(1, o.type.layout))
+        column = first_head + gl.arange(0, 8, gl.SliceLayout(0, o.type.layout))
+        to = p_o + at_part * D + column[None, :] * D + (c * QD + dim)[:, None]
+        gl.store(to, o, mask=(column < G)[None, :])
+    gl.store(p_ml + 2 * (at_part + head), m, mask=head < G)
+    gl.store(p_ml + 2 * (at_part + head) + 1, l, mask=head < G)

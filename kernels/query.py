@@ -78,7 +78,7 @@ def _prepare(
 def _attend_exact(
     pid, q, k_sinks, v_sinks, k_recent, v_recent, length, start, exact_o, exact_ml,
     stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
-    batch, heads, sinks, window, capacity, chunks, factor, cap,
+    heads, sinks, window, capacity, chunks, factor, cap,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -125,12 +125,10 @@ def _attend_exact(
     if PRECISION == "tf32":  # what the product below sees, so that it and the sum agree
         p = (p.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     q_row = ((bh * chunks + chunk) * G + head).to(tl.int64)
-    rows = tl.cast(batch, tl.int64) * heads * chunks * G
-    tl.store(exact_ml + q_row, m, mask=has_head)
-    tl.store(exact_ml + rows + q_row, tl.sum(p, axis=1), mask=has_head)
-    if chunk * CHUNK < count:
-        o = tl.dot(p, v, input_precision=PRECISION)
-        tl.store(exact_o + q_row[:, None] * D + dims[None, :], o, mask=has_head[:, None] & in_dim)
+    tl.store(exact_ml + 2 * q_row, m, mask=has_head)
+    tl.store(exact_ml + 2 * q_row + 1, tl.sum(p, axis=1), mask=has_head)
+    o = tl.dot(p, v, input_precision=PRECISION)
+    tl.store(exact_o + q_row[:, None] * D + dims[None, :], o, mask=has_head[:, None] & in_dim)
 
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
@@ -143,8 +141,8 @@ def prepare_kernel(
 ):  # fmt: skip
     """See the module docstring.
 
-    rotated: float32 [B * Hq, D]; bias: float32 [B * Hq]; exact_o: float32 [B * H, chunks, G, D], not written where a
-    chunk is empty; exact_ml: float32 [2, B * H, chunks, G].
+    rotated: float32 [B * Hq, D]; bias: float32 [B * Hq]; exact_o: float32 [B * H, chunks, G, D]; exact_ml: float32
+    [B * H, chunks, G, 2].
     factor = scale * log2(e), times 2 / cap under a soft-cap.
     """
     pid = tl.program_id(0)
@@ -161,5 +159,5 @@ def prepare_kernel(
         _attend_exact(
             pid - maps, q, k_sinks, v_sinks, k_recent, v_recent, length, start, exact_o, exact_ml,
             stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
-            batch, heads, sinks, window, capacity, chunks, factor, cap, G, D, DP, SOFTCAP, CHUNK, PRECISION,
+            heads, sinks, window, capacity, chunks, factor, cap, G, D, DP, SOFTCAP, CHUNK, PRECISION,
         )  # fmt: skip

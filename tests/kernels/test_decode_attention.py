@@ -139,7 +139,7 @@ def test_equals_reference(name: str, impl: str, rng: torch.Generator) -> None:
     from tq_ao.kernels.decode_attention import decode_attention
 
     case = CASES[name]
-    rounding = {torch.float16: 2e-3, torch.bfloat16: 4e-3}  # of the output
+    rounding = {torch.float16: 2e-3, torch.bfloat16: 5e-3}  # of the output, which the interpreter truncates: 2 ** -8
     limit = rounding.get(case.dtype, 1e-3 if impl == "gluon" else 3e-5)
     assert error(case, make(case, rng), decode_attention, impl) < limit
 

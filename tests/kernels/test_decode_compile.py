@@ -78,11 +78,12 @@ def _compile(case: dict):
         warps = merge.queries * merge.dim_warps
         constants = {
             "G": group, "D": dim, "DP": padded, "COLUMNS": merge.columns, "R": merge.queries, "WD": merge.dim_warps,
-            "PARTS": merge.parts, "MORE": case["splits"] > merge.parts, "E_PARTS": 8, "E_MORE": case["chunks"] > 8,
-            "HAS_SINK": True,
+            "PARTS": merge.parts, "MORE": case["splits"] > merge.parts, "HAS_SINK": True,
+            "E_PARTS": min(8, triton.next_power_of_2(case["chunks"])), "E_MORE": case["chunks"] > 8,
             "PDL": case["arch"] >= 90, "num_warps": warps, "batch": 1,
         }  # fmt: skip
         signature, attrs = _signature(fn.arg_names, constants, "*i8", _partial(case))
+        signature |= {"split_ml": "*i64", "exact_ml": "*i64"}
         source = GluonASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
         return triton.compile(source, target=target, options={"num_warps": warps}), None
     if case["kernel"] == "portable":
@@ -110,8 +111,8 @@ def _compile(case: dict):
     return triton.compile(source, target=target, options=options), None
 
 
-def _loops(sass: str) -> list[list[str]]:
-    """Opcodes of every loop, from the target of a backward branch to the branch."""
+def _opcodes(sass: str) -> tuple[list[str], list[list[str]]]:
+    """All opcodes, and those of every loop, from the target of a backward branch to the branch."""
     labels: dict[str, int] = {}
     opcodes: list[str] = []
     loops = []
@@ -125,7 +126,7 @@ def _loops(sass: str) -> list[list[str]]:
             branch = re.search(r"`\((\.L_x_\d+)\)", instruction[2])
             if opcodes[-1] == "BRA" and branch and branch[1] in labels:
                 loops.append(opcodes[labels[branch[1]] :])
-    return loops
+    return opcodes, loops
 
 
 def _report(case: dict) -> dict:
@@ -142,12 +143,14 @@ def _report(case: dict) -> dict:
             [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         )
     # The loop over full steps: integer matrix products, and no masks, so the shorter of the two that have any.
-    steps = sorted((loop for loop in _loops(sass) if "IMMA" in loop), key=len)
+    opcodes, loops = _opcodes(sass)
+    steps = sorted((loop for loop in loops if "IMMA" in loop), key=len)
     return {
         "registers": int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr)[1]),
         "shared": compiled.metadata.shared,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "loop": Counter(steps[0]) if steps else {},
+        "all": Counter(opcodes),
         "config": config._asdict() if config else None,
     }
 
@@ -231,8 +234,8 @@ def merge(head_dim: int, rows: int, splits: int, arch: int = 90, chunks: int = 6
 
 
 MERGES = {
-    "many rows": merge(128, 1024, 6),
-    "very many rows": merge(128, 4096, 6),
+    "many rows": merge(128, 1024, 6, chunks=3),
+    "very many rows": merge(128, 4096, 6, chunks=3),
     "few rows, many splits": merge(128, 32, 128),
     "splits merged at once": merge(128, 256, 24),
     "splits merged at once, a window that is not 16-bit": merge(128, 256, 24, partial="*fp32"),
@@ -258,7 +261,10 @@ OTHERS += [
     {"kernel": "query", "arch": arch, "head_dim": dim, "group": 4, "gluon": True}  # before the Gluon kernel
     for arch, dim in ((89, 128), (90, 64), (90, 128), (90, 256), (100, 128))
 ]
-OTHERS += [{"kernel": "query", "arch": 90, "head_dim": 128, "group": 8, "gluon": True, "columns": 64}]  # many rows
+OTHERS += [
+    {"kernel": "query", "arch": 90, "head_dim": dim, "group": 8, "gluon": True, "columns": 16384 // dim}  # many rows
+    for dim in (128, 256)
+]
 
 
 @pytest.mark.parametrize("name", MERGES)
@@ -266,6 +272,10 @@ def test_merge(name: str) -> None:
     got = report(MERGES[name])
     assert got["spills"] == 0
     assert got["shared"] <= 75 * 1024, "three programs to a multiprocessor"
+    count = Counter(got["all"])
+    if "many rows" in name and MERGES[name]["head_dim"] == 128:
+        assert count["HMMA"] and count.total() - count["NOP"] <= 900, "the product is on tensor cores"
+        assert got["shared"] <= 8 * 1024, "for the merged queries only"
 
 
 @pytest.mark.parametrize("case", PORTABLE, ids=str)

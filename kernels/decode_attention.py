@@ -18,7 +18,7 @@ import triton
 
 from .combine import combine_kernel
 from .decode_portable import portable_splits_kernel
-from .encode import operand_type
+from .encode import launches_early, operand_type
 from .query import prepare_kernel
 
 LOG2E = 1.4426950408889634
@@ -238,7 +238,7 @@ def decode_attention(
     out = torch.empty(batch, q_heads, 1, dim, dtype=q.dtype, device=device)
 
     # Programmatic dependent launch: each launch starts while the one before it ends.
-    pdl = use_gluon and torch.cuda.get_device_capability(device) >= (9, 0)
+    pdl = use_gluon and launches_early(device)
     exact_programs = batch * heads * triton.cdiv(group, 16) * chunks if separate else 0
     unit = 127.0 if k_bits == 8 else 1.0
     blocks = heads * triton.cdiv(batch * group, 16)

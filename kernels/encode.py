@@ -64,7 +64,7 @@ def encode_kernel(
     heads, n, tiles, capacity, sinks, window, blocks,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr, STEP: tl.constexpr,
     FEEDBACK: tl.constexpr, TILES: tl.constexpr, KC: tl.constexpr, HALVES: tl.constexpr, RING: tl.constexpr,
-    OPERAND: tl.constexpr, SHIFT_ROWS: tl.constexpr, REST: tl.constexpr,
+    OPERAND: tl.constexpr, SHIFT_ROWS: tl.constexpr, REST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Encode many tiles of one side (keys or values).
 
@@ -76,9 +76,11 @@ def encode_kernel(
     bf16 x, where it fits: HALVES); others are streamed.  SHIFT_ROWS: the shift is three rows more of the product.
     operands: of `prepare`, with FEEDBACK or without.
 
-    REST: whole blocks that meet a map in one part are left to the launch that follows, which may begin at once.
+    REST: whole blocks that meet a map in one part are left to the launch that follows.
+    PDL: begins while the launch before ends, and lets the next one begin at once.
     """
-    if REST:
+    if PDL:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
@@ -207,6 +209,12 @@ def shared_kib(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor // 1024
 
 
+def launches_early(device: torch.device) -> bool:
+    """Whether a launch can begin while the one before it ends: programmatic dependent launch."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def runs_gluon(x: torch.Tensor) -> bool:
     """Whether whole blocks of x are encoded by `encode_gluon`: bf16 of 256 dims, aligned to 32 bytes, on Hopper."""
     aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:3])
@@ -226,13 +234,15 @@ def encode_many(
     blocks = triton.cdiv(tiles, options["TILES"])
     cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
     per_program = max(1, triton.cdiv(blocks * batch * heads, RESIDENT.get(padded_dim(dim), 1) * cores))
+    pdl = launches_early(x.device)
     encode_kernel[(batch * heads, triton.cdiv(blocks, per_program))](
         x, ring, words, scales, map, shift, operands, length, start,
         *x.stride()[:3], *(ring.stride()[:3] if ring is not None else (0, 0, 0)), *words.stride()[:3],
         *scales.stride()[:3],
         heads, n, codes.shape[2], ring.shape[2] if ring is not None else 1, sinks, window, per_program,
         D=dim, DP=padded_dim(dim), BITS=book.bits, KEY=role == "key", STEP=book.step,
-        FEEDBACK=feedback is not None, RING=ring is not None, OPERAND=operand_type(), **options,
+        FEEDBACK=feedback is not None, RING=ring is not None, OPERAND=operand_type(), PDL=pdl, **options,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     if rest:
         from .encode_gluon import gluon_encode_kernel  # where it runs: Gluon has no interpreter

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )  # fmt: skip
 
 from .encode import counts, whole_blocks
-from .gluon_basics import async_load, barrier, wait_for_previous
+from .gluon_basics import async_load, barrier, launch_next, wait_for_previous
 from .mapped import shift_rows
 from .operands import feedback_at, shift_at, size, unit_at
 from .pack import (
@@ -183,6 +183,7 @@ def gluon_encode_kernel(
     Grid: (B * H, chunks); a program has its share of the whole blocks of a head.
     """
     HALF: gl.constexpr = D // 2
+    launch_next()
     b = (gl.program_id(0) // heads).to(gl.int64)
     h = (gl.program_id(0) % heads).to(gl.int64)
     x += b * x_sb + h * x_sh

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .encode import WIDE, padded_dim, shared_kib
+from .encode import WIDE, launches_early, padded_dim, shared_kib
 from .levels import level_unit, levels_asm, unpack
 from .mapped import load_map, map_operands, two_parts
 
@@ -418,7 +418,7 @@ def extend_attention(
         return torch.empty(shape, dtype=dtype, device=q.device)
 
     # The first two launches run side by side: programmatic dependent launch, sm_90.
-    pdl = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    pdl = launches_early(q.device)
     per_head = (batch * q_heads, triton.cdiv(q_len, options["merge"]["ROWS"]))
     rotated, unit, bias = buffer(batch, q_heads, q_len, dim, dtype=k_type), buffer(*q.shape[:3]), buffer(*q.shape[:3])
     o_exact, lse_exact = buffer(*q.shape), buffer(*q.shape[:3])

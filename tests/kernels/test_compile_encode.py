@@ -109,7 +109,7 @@ def _compile(case: dict):
 
     dim, (k_bits, v_bits), arch = case["dim"], case["bits"], case["arch"]
     key, value = codebook(k_bits), codebook(v_bits)
-    constants = {"D": dim, "DP": encode.padded_dim(dim), "OPERAND": tl.bfloat16, "KC": 32}
+    constants = {"D": dim, "DP": encode.padded_dim(dim), "OPERAND": tl.bfloat16, "KC": 32, "PDL": arch >= 90}
     options = {"num_warps": 4, "num_stages": 1}
     optional = ()
     if case["kernel"] in ("encode", "whole", "prepare", "step", "write"):
@@ -134,7 +134,7 @@ def _compile(case: dict):
         constants |= {
             "K_BITS": k_bits, "V_BITS": v_bits, "K_ASM": levels.levels_asm(k_bits, True, k_type),
             "V_ASM": levels.levels_asm(v_bits, False, v_type), "CAP": False, "V_OPERAND": tl.bfloat16,
-            "PRECISION": "ieee", "LOGITS": False, "PDL": arch >= 90,
+            "PRECISION": "ieee", "LOGITS": False,
         }  # fmt: skip
         few = case.get("few", False)
         options = extend_attention.launch_options(dim, 4096, torch.bfloat16, SHARED[arch], few)[case["kernel"]]

@@ -60,13 +60,12 @@ def _tiled(name: str, x: torch.Tensor, inner: tuple[int, ...]) -> tuple[int, int
 class Config(NamedTuple):
     """How the Gluon kernel is launched.
 
-    Tiles of 8 query heads to a program, packed tiles to a softmax step, ring slots, register cap, programs to a
-    multiprocessor, exact tokens to a chunk at least.
+    Tiles of 8 query heads to a program, packed tiles to a softmax step, register cap, programs to a multiprocessor,
+    exact tokens to a chunk at least.
     """
 
     head_tiles: int
     tiles: int
-    stages: int
     registers: int
     resident: int
     chunk: int
@@ -78,10 +77,10 @@ def configure(head_dim: int, head_tiles: int) -> Config:
     # Exact tokens pass through shared memory in turns; more turns to a program make fewer partial results.
     chunk = 96 if head_dim <= 64 else 64 if head_dim <= 128 else 32
     if together == 2 or head_dim > 128:
-        return Config(together, tiles=1, stages=2, registers=255, resident=8, chunk=chunk)
+        return Config(together, tiles=1, registers=255, resident=8, chunk=chunk)
     if head_dim % 64:  # one ring plane for each group of 32 codes: more addresses
-        return Config(together, tiles=2, stages=2, registers=200, resident=10, chunk=chunk)
-    return Config(together, tiles=2, stages=2, registers=168, resident=12, chunk=chunk)
+        return Config(together, tiles=2, registers=200, resident=10, chunk=chunk)
+    return Config(together, tiles=2, registers=168, resident=12, chunk=chunk)
 
 
 class MergeConfig(NamedTuple):
@@ -160,7 +159,8 @@ def decode_attention(
         impl: "gluon" (NVIDIA, compute capability 8.0 and newer), "triton" (portable), "auto": the first that runs.
 
     Returns:
-        [B, Hq, 1, D] in q's dtype.
+        [B, Hq, 1, D] in q's dtype.  Of long rows "gluon" rounds sums in float32 in an order that differs from run to
+        run, by about 1e-6 of the result, unless `torch.use_deterministic_algorithms` is on.
 
     Raises:
         ValueError: more than one query token, a layout the kernels do not read, or an `impl` that does not run here.
@@ -229,6 +229,8 @@ def decode_attention(
     rows = batch * q_heads
     rotated = torch.empty(rows * dim, dtype=f32, device=device)
     bias = torch.empty(rows, dtype=f32, device=device)
+    counters = programs if use_gluon else 0
+    claims = torch.empty(counters, dtype=torch.int32, device=device)
     # The Gluon kernel can leave partial outputs in 16 bits; short ones are merged faster in 32.
     partial = f32 if separate or dim <= 64 else torch.float16
     exact_o = torch.empty(rows * chunks * dim, dtype=partial, device=device)
@@ -244,9 +246,9 @@ def decode_attention(
     blocks = heads * triton.cdiv(batch * group, 16)
     columns = map_columns(dim, q.dtype, blocks, _multiprocessors(device))
     prepare_kernel[(blocks * (dim // columns) + exact_programs,)](
-        q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, exact_o, exact_ml,
-        q.stride(0), q.stride(1), *sink_strides, *recent_strides, batch, heads, sinks, window, capacity, chunks, factor,
-        1.0 / unit, cap, G=group, D=dim, DP=padded, COLUMNS=columns, OPERAND=operand_type(),
+        q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, claims, exact_o,
+        exact_ml, q.stride(0), q.stride(1), *sink_strides, *recent_strides, batch, heads, counters, sinks, window,
+        capacity, chunks, factor, 1.0 / unit, cap, G=group, D=dim, DP=padded, COLUMNS=columns, OPERAND=operand_type(),
         SOFTCAP=softcap > 0, EXACT=separate, CHUNK=chunk if separate else TILE,
         PRECISION="tf32" if half_precision else "tf32x3", PDL=pdl, num_warps=8 if separate else 4,
         **({"launch_pdl": True} if pdl else {}),
@@ -255,15 +257,16 @@ def decode_attention(
         from .decode_gluon import gluon_splits_kernel
         from .fragments import constraints, key_asm, value_asm
 
+        shared = not torch.are_deterministic_algorithms_enabled()
         # Tensors that are not read must not make the kernel reserve shared memory for their type.
         exact = (k_scales,) * 4 if separate else (k_sinks, v_sinks, k_recent, v_recent)
         gluon_splits_kernel[(splits, batch * heads, triton.cdiv(head_tiles, config.head_tiles))](
-            rotated, bias, k_codes.view(torch.int8), k_scales, v_codes.view(torch.int8), v_scales,
+            rotated, bias, claims, k_codes.view(torch.int8), k_scales, v_codes.view(torch.int8), v_scales,
             q, *exact, length, start, split_o, split_ml, exact_o, exact_ml,
             *key_strides, *value_strides, q.stride(0), q.stride(1), *sink_strides, *recent_strides,
-            heads, sinks, window, capacity, splits, here, chunk, exact_quarters, factor, cap,
+            heads, sinks, window, capacity, splits, here, chunk, exact_quarters, int(shared), factor, cap,
             G=group, D=dim, K_BITS=k_bits, V_BITS=v_bits, HT=config.head_tiles,
-            TILES=config.tiles, STAGES=config.stages, SOFTCAP=softcap > 0, PDL=pdl,
+            TILES=config.tiles, SOFTCAP=softcap > 0, PDL=pdl,
             K_ASM=key_asm(k_bits), K_CONSTRAINTS=constraints(8, k_bits),
             V_ASM=value_asm(v_bits), V_CONSTRAINTS=constraints(16, v_bits),
             num_warps=1, maxnreg=config.registers, launch_pdl=pdl,

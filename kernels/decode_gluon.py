@@ -11,8 +11,10 @@ from the middle level.  Scores start at what that adds; the output has (middle l
 the sum from the same products (a row of ones in place of V).
 
 Grid: (splits, batch * KV heads, tiles of 8 HT query heads).  Split i attends to tiles `_first_step(i)` and on, split
-i < chunks to chunk i of the exact tokens as well.  Block: one warp with its own online softmax, a ring of STAGES steps
-filled by cp.async.  Rows of different length split what they have: the grid only knows the capacity.
+i < chunks to chunk i of the exact tokens as well.  Of a long row only the first half of the steps is dealt out so, the
+others go one by one to splits that are ready (`_claim`): memory serves some programs faster than others.  Block: one
+warp with its own online softmax, a ring of two steps filled by cp.async.  Rows of different length split what they
+have: the grid only knows the capacity.
 """
 
 from triton.experimental import gluon
@@ -32,6 +34,7 @@ from .fragments import (
 )  # fmt: skip
 from .gluon_basics import async_load, barrier, halves, launch_next, softcapped, wait_for_previous
 
+MANY_STEPS = gl.constexpr(8)  # to a split: fewer are not worth claims
 # p is kept 2 ** 4 larger: small p |v| stay normal in fp16, which holds value scales up to 4094.
 RESCALE = gl.constexpr(4.0)
 
@@ -86,28 +89,28 @@ def _send_for(p, tile, tiles, BYTES: gl.constexpr, TILES: gl.constexpr):
 @gluon.jit
 def _step(
     q, q_start, step_size, bias, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
-    step, first, end, last, packed, cap, copy_at, scale_at, token,
+    step, following, steps, slot, last, packed, cap, copy_at, scale_at, token,
     D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, HT: gl.constexpr, TILES: gl.constexpr,
-    STAGES: gl.constexpr, CHUNKS: gl.constexpr, SOFTCAP: gl.constexpr, MASKED: gl.constexpr,
+    CHUNKS: gl.constexpr, SOFTCAP: gl.constexpr, MASKED: gl.constexpr,
     K_ASM: gl.constexpr, K_CONSTRAINTS: gl.constexpr, V_ASM: gl.constexpr, V_CONSTRAINTS: gl.constexpr,
     S_L: gl.constexpr, RAW: gl.constexpr,
 ):  # fmt: skip
-    """Fetch ahead, then one online-softmax step over TILES tiles; tuples hold one entry per head tile (and chunk)."""
+    """Send for the following step, then one online-softmax step over the TILES tiles of `step`, which are in ring slot
+    `slot`; tuples hold one entry per head tile (and chunk)."""
     KB: gl.constexpr = gl.DotOperandLayout(1, S_L, 4)
     VA: gl.constexpr = gl.DotOperandLayout(0, S_L, 2)
     PB: gl.constexpr = gl.DotOperandLayout(1, S_L, 2)
     PLANES: gl.constexpr = (K_BITS + V_BITS) * CHUNKS
     BLOCKS: gl.constexpr = D // 32
-    async_copy.wait_group(STAGES - 2)
+    async_copy.wait_group(0)
     barrier()
-    ahead = step + (STAGES - 1)
-    if ahead < end:
-        _fetch(
-            ring, scales, p_k, p_v, p_ks, p_vs, ahead * TILES, last, (ahead - first) % STAGES, copy_at, scale_at,
-            D, K_BITS, V_BITS, TILES, CHUNKS,
-        )  # fmt: skip
-    async_copy.commit_group()
-    slot = (step - first) % STAGES
+    if not MASKED:  # which only the last step of all is
+        if following < steps:
+            _fetch(
+                ring, scales, p_k, p_v, p_ks, p_vs, following * TILES, last, 1 - slot, copy_at, scale_at,
+                D, K_BITS, V_BITS, TILES, CHUNKS,
+            )  # fmt: skip
+        async_copy.commit_group()
     left = packed - step * (32 * TILES)
 
     s = ()
@@ -247,23 +250,42 @@ def _first_step(split, splits, steps, chunks, exact_quarters):
     return (split * (4 * steps + less * chunks) // splits - less * gl.minimum(split, chunks)) // 4
 
 
-@gluon.jit(do_not_specialize=["splits", "chunks", "exact_quarters"])
+@gluon.jit
+def _claim(claims, count):
+    """Ask for `count` steps that are not anyone's yet; `_claimed` waits for the answer."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; setp.ne.and.u32 p, $2, 0, p; "
+        "mov.b32 $0, 0; @p atom.relaxed.gpu.global.add.u32 $0, [$1], $2; }",
+        "=&r,l,r", [claims, count], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _claimed(claim):
+    """The first of the steps that were asked for: what the first lane got."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [claim], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit(do_not_specialize=["splits", "chunks", "exact_quarters", "shared"])
 def gluon_splits_kernel(
-    rotated, bias, k_codes, k_scales, v_codes, v_scales, q_exact, k_sinks, v_sinks, k_recent, v_recent, length, start,
-    split_o, split_ml, exact_o, exact_ml,
+    rotated, bias, claims, k_codes, k_scales, v_codes, v_scales, q_exact, k_sinks, v_sinks, k_recent, v_recent, length,
+    start, split_o, split_ml, exact_o, exact_ml,
     stride_kb, stride_kh, stride_ksb, stride_ksh, stride_vb, stride_vh, stride_vsb, stride_vsh,
     stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
-    heads, sinks, window, capacity, splits, chunks, chunk_tokens, exact_quarters, factor, cap,
+    heads, sinks, window, capacity, splits, chunks, chunk_tokens, exact_quarters, shared, factor, cap,
     G: gl.constexpr, D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, HT: gl.constexpr,
-    TILES: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, PDL: gl.constexpr,
+    TILES: gl.constexpr, SOFTCAP: gl.constexpr, PDL: gl.constexpr,
     K_ASM: gl.constexpr, K_CONSTRAINTS: gl.constexpr, V_ASM: gl.constexpr, V_CONSTRAINTS: gl.constexpr,
     num_warps: gl.constexpr = 1,
 ):  # fmt: skip
     """Un-normalised output, maximum (log2, bias included) and sum of each split of the packed tokens.
 
-    rotated and bias as `query.prepare_kernel` writes them; codes as int8 [B, H, T, tile bytes]; scales fp16
+    rotated, bias and claims as `query.prepare_kernel` writes them; codes as int8 [B, H, T, tile bytes]; scales fp16
     [B, H, T, 32]; sinks and recent tokens in a 16-bit dtype if chunks > 0, else the exact part is done elsewhere;
-    outputs as `combine_gluon.combine_gluon_kernel` reads them.
+    outputs as `combine_gluon.combine_gluon_kernel` reads them.  shared: steps may be claimed, so that what a split adds
+    up, and its rounding, varies from run to run.
     """
     GROUPS: gl.constexpr = D // 32
     CHUNKS: gl.constexpr = 1 if (GROUPS & (GROUPS - 1)) == 0 else GROUPS
@@ -292,8 +314,11 @@ def gluon_splits_kernel(
     packed = gl.where(capacity == 0, gl.maximum(n - sinks, 0), gl.maximum(n - sinks - window, 0) // 32 * 32)
     tiles = (packed + 31) // 32
     steps = (tiles + TILES - 1) // TILES
-    first = _first_step(split, splits, steps, chunks, exact_quarters)
-    end = _first_step(split + 1, splits, steps, chunks, exact_quarters)
+    # The first steps belong to programs in turn; of many, the others are claimed by programs that are ready.
+    fixed = gl.where((shared != 0) & (steps >= MANY_STEPS * splits), steps // 2, steps)
+    first = _first_step(split, splits, fixed, chunks, exact_quarters)
+    end = _first_step(split + 1, splits, fixed, chunks, exact_quarters)
+    claims += bh * gl.num_programs(2) + gl.program_id(2)
 
     hi0, _ = halves(gl.zeros([16, 32], gl.int32, S_L))
     SL: gl.constexpr = hi0.type.layout
@@ -326,26 +351,38 @@ def gluon_splits_kernel(
     # One allocation per plane: Triton 3.6 puts a barrier between any two copies into the same allocation.
     ring = ()
     for _ in gl.static_range(TILES * PLANES):
-        ring = ring + (gl.allocate_shared_memory(gl.int8, [STAGES, CHUNK_BYTES], FLAT),)
+        ring = ring + (gl.allocate_shared_memory(gl.int8, [2, CHUNK_BYTES], FLAT),)
     scales = ()
     for _ in gl.static_range(2):
-        scales = scales + (gl.allocate_shared_memory(gl.float16, [STAGES, 32 * TILES], FLAT),)
+        scales = scales + (gl.allocate_shared_memory(gl.float16, [2, 32 * TILES], FLAT),)
     copy_at = gl.arange(0, CHUNK_BYTES, COPY)
     if CHUNKS > 1:
         copy_at = copy_at // 4 * (D // 8) + copy_at % 4
     scale_at = gl.arange(0, 32 * TILES, COPY_SCALE)
     last = gl.maximum(tiles - 1, 0)
 
-    for s in gl.static_range(STAGES - 1):
-        if first + s < end:
-            _fetch(
-                ring, scales, p_k, p_v, p_ks, p_vs, (first + s) * TILES, last, s, copy_at, scale_at,
-                D, K_BITS, V_BITS, TILES, CHUNKS,
-            )  # fmt: skip
-        async_copy.commit_group()
+    if first < end:
+        _fetch(
+            ring, scales, p_k, p_v, p_ks, p_vs, first * TILES, last, 0, copy_at, scale_at,
+            D, K_BITS, V_BITS, TILES, CHUNKS,
+        )  # fmt: skip
 
-    if PDL:  # the queries must be ready from here on
+    if PDL:  # the queries must be ready from here on, and `claims` zero
         wait_for_previous()
+    step = gl.where(first < end, first, steps)
+    following = gl.where(first + 1 < end, first + 1, steps)
+    if (first + 1 >= end) & (fixed < steps):
+        wanted = gl.where(first < end, 1, 2)
+        claimed = fixed + _claimed(_claim(claims, wanted))
+        following = claimed + wanted - 1
+        if first >= end:
+            step = claimed
+            if step < steps:
+                _fetch(
+                    ring, scales, p_k, p_v, p_ks, p_vs, step * TILES, last, 0, copy_at, scale_at,
+                    D, K_BITS, V_BITS, TILES, CHUNKS,
+                )  # fmt: skip
+    async_copy.commit_group()
     q = ()
     q_start = ()
     step_size = ()
@@ -368,19 +405,26 @@ def gluon_splits_kernel(
         for _ in gl.static_range(CHUNKS):
             acc += (gl.zeros([32 * CHUNK_GROUPS, 8], gl.float32, S_L),)
     key_unit = inverse_units(token // 8, K_BITS)
-    full = gl.maximum(gl.minimum(end, packed // (32 * TILES)), first)
-    for step in range(first, full):
+    full = packed // (32 * TILES)
+    slot = 0
+    while step < full:
+        unclaimed = (following + 1 >= end) & (following < steps) & (fixed < steps)
+        claim = _claim(claims, unclaimed.to(gl.int32))
         m, l, mass, acc = _step(
             q, q_start, step_size, offset, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
-            step, first, end, last, packed, cap, copy_at, scale_at, token,
-            D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, False,
+            step, following, steps, slot, last, packed, cap, copy_at, scale_at, token,
+            D, K_BITS, V_BITS, HT, TILES, CHUNKS, SOFTCAP, False,
             K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
         )  # fmt: skip
-    for step in range(full, end):
+        step = following
+        next_one = gl.where(following + 1 < end, following + 1, steps)
+        following = gl.where(unclaimed, fixed + _claimed(claim), next_one)
+        slot = 1 - slot
+    for last_step in range(step, steps):  # one at most
         m, l, mass, acc = _step(
             q, q_start, step_size, offset, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
-            step, first, end, last, packed, cap, copy_at, scale_at, token,
-            D, K_BITS, V_BITS, HT, TILES, STAGES, CHUNKS, SOFTCAP, True,
+            last_step, steps, steps, slot, last, packed, cap, copy_at, scale_at, token,
+            D, K_BITS, V_BITS, HT, TILES, CHUNKS, SOFTCAP, True,
             K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
         )  # fmt: skip
 

@@ -131,18 +131,19 @@ def _attend_exact(
     tl.store(exact_o + q_row[:, None] * D + dims[None, :], o, mask=has_head[:, None] & in_dim)
 
 
-@triton.jit(do_not_specialize=["batch", "chunks"])
+@triton.jit(do_not_specialize=["batch", "chunks", "counters"])
 def prepare_kernel(
-    q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, exact_o, exact_ml,
+    q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, claims, exact_o,
+    exact_ml,
     stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
-    batch, heads, sinks, window, capacity, chunks, factor, inverse_unit, cap,
+    batch, heads, counters, sinks, window, capacity, chunks, factor, inverse_unit, cap,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, OPERAND: tl.constexpr,
     SOFTCAP: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See the module docstring.
 
     rotated: float32 [B * Hq, D]; bias: float32 [B * Hq]; exact_o: float32 [B * H, chunks, G, D]; exact_ml: float32
-    [B * H, chunks, G, 2].
+    [B * H, chunks, G, 2]; claims: int32 [counters], set to zero.
     factor = scale * log2(e), times 2 / cap under a soft-cap.
     """
     pid = tl.program_id(0)
@@ -152,6 +153,9 @@ def prepare_kernel(
             pid, q, query_map, key_shift, rotated, bias, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
             G, D, DP, COLUMNS, OPERAND, PDL,
         )  # fmt: skip
+        for first in range(pid * 128, counters, maps * 128):
+            index = first + tl.arange(0, 128)
+            tl.store(claims + index, 0, mask=index < counters)
     elif EXACT:
         if PDL:
             tl.extra.cuda.gdc_wait()

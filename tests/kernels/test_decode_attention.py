@@ -5,6 +5,7 @@ Without a GPU the plain Triton path runs in the interpreter; with one, every pat
 
 import random
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from types import FunctionType, SimpleNamespace
 from typing import NamedTuple
@@ -189,10 +190,30 @@ def test_every_split_is_merged(
 
     empty = torch.empty
     monkeypatch.setattr(module, "plan", lambda *_: (7, 32))
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty", lambda *size, **o: empty(*size, **o).fill_(7 if "int" in str(o) else torch.nan))
     case = Case(head_dim=128, lengths=(300, 5), heads=1, dtype=dtype)
     limit = 2e-3 if dtype == torch.float16 else 1e-3 if impl == "gluon" else 3e-5
     assert error(case, make(case, rng), module.decode_attention, impl) < limit
+
+
+def test_splits_claim_steps(cuda: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long rows beside short ones: each step is attended to once; if asked, with the same rounding each time."""
+    from tq_ao.kernels import decode_attention as module
+
+    monkeypatch.setattr(module, "plan", lambda *_: (5, 64))
+    case = Case(head_dim=128, lengths=(6000, 9, 2900, 3456, 700), heads=2, window=128, dtype=torch.bfloat16)
+    args = make(case, rng)
+    assert error(case, args, module.decode_attention, "gluon") < 5e-3
+    on_gpu = to(dict(args, q=args["q"].float()), cuda)
+    run = partial(module.decode_attention, **on_gpu, k_bits=case.k_bits, v_bits=case.v_bits, impl="gluon")
+    claimed = run()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = run(), run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(claimed, first, rtol=1e-4, atol=1e-4)
 
 
 def test_splits_share_exact_tokens_and_steps_evenly(seed: int) -> None:

@@ -159,8 +159,8 @@ def decode_attention(
         impl: "gluon" (NVIDIA, compute capability 8.0 and newer), "triton" (portable), "auto": the first that runs.
 
     Returns:
-        [B, Hq, 1, D] in q's dtype.  Of long rows "gluon" rounds sums in float32 in an order that differs from run to
-        run, by about 1e-6 of the result, unless `torch.use_deterministic_algorithms` is on.
+        [B, Hq, 1, D] in q's dtype.  Of long rows "gluon" adds up in an order, and so rounds in a way, that differs
+        from run to run, unless `torch.use_deterministic_algorithms` is on.
 
     Raises:
         ValueError: more than one query token, a layout the kernels do not read, or an `impl` that does not run here.

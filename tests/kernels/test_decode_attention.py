@@ -213,7 +213,7 @@ def test_splits_claim_steps(cuda: torch.device, rng: torch.Generator, monkeypatc
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(first, second)
-    torch.testing.assert_close(claimed, first, rtol=1e-4, atol=1e-4)
+    assert ((claimed - first).norm(dim=-1) / first.norm(dim=-1)).max() < 2e-3, "twice what either may be wrong by"
 
 
 def test_splits_share_exact_tokens_and_steps_evenly(seed: int) -> None:

@@ -29,7 +29,7 @@ MIN_STEPS, MIN_TILES = 3, 4  # softmax steps, and tiles, that are worth a progra
 MAX_SPLIT_TOKENS = 8192
 MAX_PAIRS = 65535  # programs along the second axis of a grid
 TILE = 32
-EXACT_COST = 0.6  # of an exact token against packed ones of as many bytes: all of a program's arrive at once
+EXACT_COST = 0.9  # of an exact token against packed ones of as many bytes
 
 
 def _gluon_obstacle(device: torch.device) -> str | None:

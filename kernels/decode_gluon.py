@@ -34,7 +34,7 @@ from .fragments import (
 )  # fmt: skip
 from .gluon_basics import async_load, barrier, halves, launch_next, softcapped, wait_for_previous
 
-MANY_STEPS = gl.constexpr(8)  # to a split: fewer are not worth claims
+MANY_STEPS = gl.constexpr(4)  # to a split: fewer are not worth claims
 # p is kept 2 ** 4 larger: small p |v| stay normal in fp16, which holds value scales up to 4094.
 RESCALE = gl.constexpr(4.0)
 

@@ -30,7 +30,7 @@ def _load_parts(p_o, p_ml, base, live, parts, first, dims, G: tl.constexpr, D: t
 
 
 @triton.jit
-def _weighted(m, l, o, top):
+def _sum_parts(m, l, o, top):
     """Mass [R] and output [R, dims] relative to 2 ** top [R]."""
     weight = tl.exp2(m - top[None, :])
     return tl.sum(weight * l, axis=0), tl.sum(o * weight[:, :, None], axis=0)
@@ -68,16 +68,16 @@ def combine_kernel(
     if HAS_SINK:
         sink = tl.load(sink_logits + h * G + mine % G, mask=live, other=0.0).to(tl.float32) * LOG2E
         top = tl.maximum(top, sink)
-    mass, x = _weighted(m_s, l_s, o_s, top)
-    mass_exact, y = _weighted(m_e, l_e, o_e, top)
+    mass, x = _sum_parts(m_s, l_s, o_s, top)
+    mass_exact, y = _sum_parts(m_e, l_e, o_e, top)
     if MORE:
         for s in range(PARTS, tl.maximum(splits, chunks), PARTS):
             m_s, l_s, o_s = _load_parts(split_o, split_ml, of_split, live, splits, s, dims, G, D, PARTS)
             m_e, l_e, o_e = _load_parts(exact_o, exact_ml, of_exact, live, chunks, s, column, G, D, PARTS)
             new = tl.maximum(top, tl.maximum(tl.max(m_s, axis=0), tl.max(m_e, axis=0)))
             old = tl.exp2(top - new)
-            mass_s, x_s = _weighted(m_s, l_s, o_s, new)
-            mass_e, y_e = _weighted(m_e, l_e, o_e, new)
+            mass_s, x_s = _sum_parts(m_s, l_s, o_s, new)
+            mass_e, y_e = _sum_parts(m_e, l_e, o_e, new)
             mass, mass_exact = mass * old + mass_s, mass_exact * old + mass_e
             x, y = x * old[:, None] + x_s, y * old[:, None] + y_e
             top = new

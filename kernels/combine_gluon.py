@@ -3,9 +3,9 @@
 Same formula and grid.  Partial outputs of splits have their dimensions in the order of `exact_gluon.store_part`, which
 the rows of the map take when they are loaded.  A warp holds PARTS partial results of 1 / WD of the dimensions of one
 query at a time, so that merging them exchanges nothing between warps.  The map arrives while the splits end.  The
-product of eight queries or more, up to D = 128, is on tensor cores: a warp has some columns of the map in registers, as
-operands in two bf16 parts, and the merged queries in two parts come through shared memory.  Else the map is in shared
-memory and the product plain float32 multiply-adds.  Block: R warps over queries times WD over dimensions.
+product of eight queries or more, of D = 64 to 128, is on tensor cores: a warp has some columns of the map in
+registers, as operands in two bf16 parts, and the merged queries in two parts come through shared memory.  Else the map
+is in shared memory and the product plain float32 multiply-adds.  Block: R warps over queries times WD over dimensions.
 """
 
 from triton.experimental import gluon
@@ -106,8 +106,9 @@ def combine_gluon_kernel(
     row = k // QD * QD + k % (QD // 8) * 8 + k % QD // (QD // 8)
     p_map = output_map + h * D * D + row[:, None] * D + c[None, :]
     inside = (k < D)[:, None] & (c < D)[None, :]
+    WHOLE: gl.constexpr = DP == D and D % COLUMNS == 0
     if TENSOR:
-        if DP == D and D % COLUMNS == 0:
+        if WHOLE:
             map = gl.load(p_map)
         else:
             map = gl.load(p_map, mask=inside, other=0.0)
@@ -115,7 +116,7 @@ def combine_gluon_kernel(
         map_low = (map - map_high.to(gl.float32)).to(gl.bfloat16)
     else:
         map_s = gl.allocate_shared_memory(gl.float32, [DP, COLUMNS], S2)
-        if DP == D and D % COLUMNS == 0:
+        if WHOLE:
             async_load(map_s, p_map)
         else:
             async_load(map_s, p_map, mask=inside)

@@ -24,8 +24,8 @@ from .query import prepare_kernel
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 512
 MIN_STEPS, MIN_TILES = 3, 4  # softmax steps, and tiles, that are worth a program and a partial result
-# A split adds up codes counted from zero and takes the middle level off at its end: what is left of a flat softmax over
-# n tokens is 1 / sqrt(n) of the sum, so float32 rounding grows with n.
+# Of a split, on average.  It adds up codes counted from zero and takes the middle level off at its end: what is left
+# of a flat softmax over n tokens is 1 / sqrt(n) of the sum, so float32 rounding grows with n.
 MAX_SPLIT_TOKENS = 8192
 MAX_PAIRS = 65535  # programs along the second axis of a grid
 TILE = 32
@@ -96,7 +96,7 @@ class MergeConfig(NamedTuple):
 
 
 def merge_config(head_dim: int, rows: int, splits: int, multiprocessors: int) -> MergeConfig:
-    """The launch of the merge for `rows` = B * Hq queries: eight warps, unless the dims are few; one for each SM."""
+    """The launch of the merge for `rows` = B * Hq queries: one for each SM, of eight warps, sixteen of many rows."""
     padded = triton.next_power_of_2(head_dim)
     if padded == 128 and rows // 8 >= 0.95 * multiprocessors:  # the map is read fewer times
         return MergeConfig(128, 16 if rows // 16 >= 0.95 * multiprocessors else 8, 1, 8)
@@ -115,7 +115,7 @@ def map_columns(head_dim: int, dtype: torch.dtype, blocks: int, multiprocessors:
 
     Fewer columns, more programs: a map is ready earlier, until the programs outnumber what runs at once.
     """
-    if head_dim in (128, 256) and dtype == torch.bfloat16 and blocks * 4 > 2 * multiprocessors:
+    if head_dim in (128, 256) and dtype == torch.bfloat16 and blocks > multiprocessors // 2:
         return 16384 // head_dim
     return 32 if head_dim <= (256 if dtype == torch.bfloat16 else 128) else 16
 
@@ -257,14 +257,14 @@ def decode_attention(
         from .decode_gluon import gluon_splits_kernel
         from .fragments import constraints, key_asm, value_asm
 
-        shared = not torch.are_deterministic_algorithms_enabled()
+        claiming = int(not torch.are_deterministic_algorithms_enabled())
         # Tensors that are not read must not make the kernel reserve shared memory for their type.
         exact = (k_scales,) * 4 if separate else (k_sinks, v_sinks, k_recent, v_recent)
         gluon_splits_kernel[(splits, batch * heads, triton.cdiv(head_tiles, config.head_tiles))](
             rotated, bias, claims, k_codes.view(torch.int8), k_scales, v_codes.view(torch.int8), v_scales,
             q, *exact, length, start, split_o, split_ml, exact_o, exact_ml,
             *key_strides, *value_strides, q.stride(0), q.stride(1), *sink_strides, *recent_strides,
-            heads, sinks, window, capacity, splits, here, chunk, exact_quarters, int(shared), factor, cap,
+            heads, sinks, window, capacity, splits, here, chunk, exact_quarters, claiming, factor, cap,
             G=group, D=dim, K_BITS=k_bits, V_BITS=v_bits, HT=config.head_tiles,
             TILES=config.tiles, SOFTCAP=softcap > 0, PDL=pdl,
             K_ASM=key_asm(k_bits), K_CONSTRAINTS=constraints(8, k_bits),

@@ -251,6 +251,18 @@ def _first_step(split, splits, steps, chunks, exact_quarters):
 
 
 @gluon.jit
+def _dealt_out(steps, splits, claiming):
+    """How many of a row's steps belong to splits in turn; the others are claimed."""
+    return gl.where((claiming != 0) & (steps >= MANY_STEPS * splits), steps // 2, steps)
+
+
+@gluon.jit
+def _after(step, end, steps):
+    """What a split does after `step` without a claim: its next step before `end`, else nothing, which is `steps`."""
+    return gl.where(step + 1 < end, step + 1, steps)
+
+
+@gluon.jit
 def _claim(claims, count):
     """Ask for `count` steps that are not anyone's yet; `_claimed` waits for the answer."""
     return gl.inline_asm_elementwise(
@@ -268,13 +280,13 @@ def _claimed(claim):
     )
 
 
-@gluon.jit(do_not_specialize=["splits", "chunks", "exact_quarters", "shared"])
+@gluon.jit(do_not_specialize=["splits", "chunks", "exact_quarters", "claiming"])
 def gluon_splits_kernel(
     rotated, bias, claims, k_codes, k_scales, v_codes, v_scales, q_exact, k_sinks, v_sinks, k_recent, v_recent, length,
     start, split_o, split_ml, exact_o, exact_ml,
     stride_kb, stride_kh, stride_ksb, stride_ksh, stride_vb, stride_vh, stride_vsb, stride_vsh,
     stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
-    heads, sinks, window, capacity, splits, chunks, chunk_tokens, exact_quarters, shared, factor, cap,
+    heads, sinks, window, capacity, splits, chunks, chunk_tokens, exact_quarters, claiming, factor, cap,
     G: gl.constexpr, D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, HT: gl.constexpr,
     TILES: gl.constexpr, SOFTCAP: gl.constexpr, PDL: gl.constexpr,
     K_ASM: gl.constexpr, K_CONSTRAINTS: gl.constexpr, V_ASM: gl.constexpr, V_CONSTRAINTS: gl.constexpr,
@@ -284,9 +296,10 @@ def gluon_splits_kernel(
 
     rotated, bias and claims as `query.prepare_kernel` writes them; codes as int8 [B, H, T, tile bytes]; scales fp16
     [B, H, T, 32]; sinks and recent tokens in a 16-bit dtype if chunks > 0, else the exact part is done elsewhere;
-    outputs as `combine_gluon.combine_gluon_kernel` reads them.  shared: steps may be claimed, so that what a split adds
-    up, and its rounding, varies from run to run.
+    outputs as `combine_gluon.combine_gluon_kernel` reads them.  claiming: 1, or 0 to deal all steps out, so that what a
+    split adds up, and its rounding, is the same in each run.
     """
+    gl.static_assert(num_warps == 1, "a claim is one warp's")
     GROUPS: gl.constexpr = D // 32
     CHUNKS: gl.constexpr = 1 if (GROUPS & (GROUPS - 1)) == 0 else GROUPS
     CHUNK_GROUPS: gl.constexpr = GROUPS // CHUNKS
@@ -314,10 +327,9 @@ def gluon_splits_kernel(
     packed = gl.where(capacity == 0, gl.maximum(n - sinks, 0), gl.maximum(n - sinks - window, 0) // 32 * 32)
     tiles = (packed + 31) // 32
     steps = (tiles + TILES - 1) // TILES
-    # The first steps belong to programs in turn; of many, the others are claimed by programs that are ready.
-    fixed = gl.where((shared != 0) & (steps >= MANY_STEPS * splits), steps // 2, steps)
-    first = _first_step(split, splits, fixed, chunks, exact_quarters)
-    end = _first_step(split + 1, splits, fixed, chunks, exact_quarters)
+    dealt = _dealt_out(steps, splits, claiming)
+    first = _first_step(split, splits, dealt, chunks, exact_quarters)
+    end = _first_step(split + 1, splits, dealt, chunks, exact_quarters)
     claims += bh * gl.num_programs(2) + gl.program_id(2)
 
     hi0, _ = halves(gl.zeros([16, 32], gl.int32, S_L))
@@ -369,13 +381,13 @@ def gluon_splits_kernel(
 
     if PDL:  # the queries must be ready from here on, and `claims` zero
         wait_for_previous()
-    step = gl.where(first < end, first, steps)
-    following = gl.where(first + 1 < end, first + 1, steps)
-    if (first + 1 >= end) & (fixed < steps):
+    step = _after(first - 1, end, steps)
+    following = _after(first, end, steps)
+    if (following == steps) & (dealt < steps):
         wanted = gl.where(first < end, 1, 2)
-        claimed = fixed + _claimed(_claim(claims, wanted))
+        claimed = dealt + _claimed(_claim(claims, wanted))
         following = claimed + wanted - 1
-        if first >= end:
+        if wanted == 2:
             step = claimed
             if step < steps:
                 _fetch(
@@ -408,8 +420,9 @@ def gluon_splits_kernel(
     full = packed // (32 * TILES)
     slot = 0
     while step < full:
-        unclaimed = (following + 1 >= end) & (following < steps) & (fixed < steps)
-        claim = _claim(claims, unclaimed.to(gl.int32))
+        then = _after(following, end, steps)
+        asking = (then == steps) & (following < steps) & (dealt < steps)
+        claim = _claim(claims, asking.to(gl.int32))
         m, l, mass, acc = _step(
             q, q_start, step_size, offset, key_unit, m, l, mass, acc, ring, scales, p_k, p_v, p_ks, p_vs,
             step, following, steps, slot, last, packed, cap, copy_at, scale_at, token,
@@ -417,8 +430,7 @@ def gluon_splits_kernel(
             K_ASM, K_CONSTRAINTS, V_ASM, V_CONSTRAINTS, S_L, RAW,
         )  # fmt: skip
         step = following
-        next_one = gl.where(following + 1 < end, following + 1, steps)
-        following = gl.where(unclaimed, fixed + _claimed(claim), next_one)
+        following = gl.where(asking, dealt + _claimed(claim), then)
         slot = 1 - slot
     for last_step in range(step, steps):  # one at most
         m, l, mass, acc = _step(

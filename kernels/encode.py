@@ -77,7 +77,8 @@ def encode_kernel(
     operands: of `prepare`, with FEEDBACK or without.
 
     REST: whole blocks that meet a map in one part are left to the launch that follows.
-    PDL: begins while the launch before ends, and lets the next one begin at once.
+    PDL: begins while the launch before ends, and lets the next one begin after that: `gluon_encode_kernel` reads x
+    without a wait of its own.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()

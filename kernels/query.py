@@ -10,6 +10,8 @@ Grid: first heads * ceil(B * G / 16) * D / COLUMNS programs that map 16 queries 
 to COLUMNS dimensions, so that no program waits for a whole map; then, if EXACT (the Gluon kernel attends to 16-bit
 windows itself), one program for each (row, KV head, 16 of its query heads, chunk of exact tokens).
 
+Of the map programs each also sets some of the splits' counters of claimed steps to zero.
+
 Under programmatic dependent launch (PDL) this launch begins while the one before it ends, and lets the splits begin
 once that has: they wait where they need the queries.
 """
@@ -50,7 +52,9 @@ def _prepare(
     inner = tl.arange(0, DP)
     inside = inner < D
     p_map = query_map + h * D * D
-    if PDL:  # on its way to L2 while the launch before ends; a load before the wait would race with one that writes it
+    # A line of each row on its way to L2 while the launch before ends (more gained nothing); a load before the wait
+    # would race with one that writes the map.  It waits before it lets the splits begin: they read without.
+    if PDL:
         line = tl.where(inside, p_map + inner * D + part * COLUMNS, p_map)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; // $0", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
@@ -153,9 +157,8 @@ def prepare_kernel(
             pid, q, query_map, key_shift, rotated, bias, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
             G, D, DP, COLUMNS, OPERAND, PDL,
         )  # fmt: skip
-        for first in range(pid * 128, counters, maps * 128):
-            index = first + tl.arange(0, 128)
-            tl.store(claims + index, 0, mask=index < counters)
+        index = pid * 128 + tl.arange(0, 128)  # no more counters than that: one for 8 heads of a row or more
+        tl.store(claims + index, 0, mask=index < counters)
     elif EXACT:
         if PDL:
             tl.extra.cuda.gdc_wait()

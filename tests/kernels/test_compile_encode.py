@@ -196,6 +196,7 @@ def _report(case: dict) -> dict:
 
         options = extend_attention.launch_options(case["dim"], 4096, torch.bfloat16, SHARED[case["arch"]])["packed"]
         count["level_pairs"] = 2 * options["TILES"] * extend_attention.padded_dim(case["dim"]) // options["num_warps"]
+    count["order"] = [sass.find(f" {op}") for op in ("ACQBULK", "PREEXIT", "LDG")]
     memory = {"shared": compiled.metadata.shared, "tensor": compiled.metadata.tmem_size or 0}
     return {"feedback": False} | case | count | memory | {"instructions": sass.count(";")}
 
@@ -225,6 +226,13 @@ def test_every_kernel_fits_its_chip(reports: list[dict]) -> None:
     for report in reports:
         assert report["shared"] <= 1024 * (SHARED[report["arch"]] - 1), report
         assert report["tensor"] <= 512, report  # columns of the memory that tcgen05 accumulates in
+
+
+def test_encode_waits_before_it_lets_the_next_launch_begin(reports: list[dict]) -> None:
+    """`gluon_encode_kernel`, the next one, reads without a wait."""
+    for report in reports:
+        if report["kernel"] == "encode" and report["arch"] >= 90:
+            assert 0 < report["order"][0] < report["order"][1] < report["order"][2], report
 
 
 def test_measured_configurations_do_not_spill_in_their_loop(reports: list[dict]) -> None:

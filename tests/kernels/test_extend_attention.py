@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # th
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WINDOW = 32
 # Relative error allowed.  fp16: rounding of queries, probabilities and output; float32: maps are inverse to 1e-6 only.
-LIMIT = {torch.float32: 5e-5, torch.float16: 8e-4, torch.bfloat16: 5e-3}
+LIMIT = {torch.float32: 5e-5, torch.float16: 8e-4, torch.bfloat16: 4e-3}
 
 
 def problem(

@@ -157,7 +157,7 @@ def prepare_kernel(
             pid, q, query_map, key_shift, rotated, bias, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
             G, D, DP, COLUMNS, OPERAND, PDL,
         )  # fmt: skip
-        index = pid * 128 + tl.arange(0, 128)  # no more counters than that: one for 8 heads of a row or more
+        index = pid.to(tl.int64) * 128 + tl.arange(0, 128)  # enough: one serves 8 heads of a row or more
         tl.store(claims + index, 0, mask=index < counters)
     elif EXACT:
         if PDL:

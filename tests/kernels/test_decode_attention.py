@@ -214,7 +214,7 @@ def test_splits_claim_steps(
     lengths = (6100, 9, 2900, 3456, 700, 1412, 1380, 1348)
     case = Case(head_dim=128, lengths=lengths, heads=2, window=128, dtype=torch.bfloat16)
     args = make(case, rng)
-    assert error(case, args, module.decode_attention, "gluon") < 5e-3
+    assert error(case, args, module.decode_attention, "gluon") < 4e-3
     on_gpu = to(dict(args, q=args["q"].float()), cuda)
     run = partial(module.decode_attention, **on_gpu, k_bits=case.k_bits, v_bits=case.v_bits, impl="gluon")
     claimed = run()
@@ -237,7 +237,7 @@ def test_merges_many_queries(
     monkeypatch.setattr(module, "_multiprocessors", lambda _: 1)
     for rows in (5, 3):
         case = Case(head_dim=head_dim, lengths=(300, 150, 36, 64, 201)[:rows], group=7, heads=2, dtype=torch.bfloat16)
-        assert error(case, make(case, rng), module.decode_attention, "gluon") < 5e-3
+        assert error(case, make(case, rng), module.decode_attention, "gluon") < 4e-3
 
 
 def test_every_step_is_claimed_once(seed: int) -> None:

@@ -2,8 +2,7 @@
 
     python scripts/benchmark.py attention [--output FILE] [--rows NAME ...]    measure, print and write JSON
     python scripts/benchmark.py model NAME [--length N] [--output FILE]        eager decode step of a model, CPU or GPU
-    python scripts/benchmark.py table [FILE]                                   the JSON as a Markdown table
-    python scripts/benchmark.py plot [FILE] [--output FILE.svg]                speed-up against length
+    python scripts/benchmark.py plot FILE ... [--output FILE.svg]              speed-up against length, a panel per GPU
 
 One process.  Every attention figure is the whole operation of one decode step (query preparation, packed tiles, exact
 window, merge, un-rotation), replayed from a CUDA graph that rotates among input copies larger together than the L2
@@ -26,7 +25,8 @@ from typing import NamedTuple
 import bf16_kernels  # type: ignore[import-not-found]
 import torch
 
-RESULT = Path(__file__).resolve().parents[1] / "benchmarks/results/attention_h200.json"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
 WINDOW, SINKS, RING = 128, 4, 256
 
 
@@ -271,7 +271,7 @@ def attention(args: argparse.Namespace) -> None:
         sys.exit("benchmark.py attention needs a CUDA device, and none is available here")
     rows = [row for row in ROWS if not args.rows or any(name in row.name for name in args.rows)]
     result = {"device": torch.cuda.get_device_name(0), "versions": versions(), "commit": args.commit or commit()}
-    output = args.output or RESULT.with_name(f"attention_{device_slug()}.json")
+    output = args.output or RESULTS / f"attention_{device_slug()}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     measure(rows, args.jobs, lambda done: output.write_text(json.dumps(result | {"rows": done}, indent=1) + "\n"))
     print(f"wrote {output}")
@@ -294,28 +294,10 @@ def model(args: argparse.Namespace) -> None:
         )
     where = torch.cuda.get_device_name(0) if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     result = {"device": where, "versions": versions(), "commit": commit(), "model": source.name, "length": args.length}
-    output = args.output or RESULT.with_name(f"decode_{source.name}_{device}.json")
+    output = args.output or RESULTS / f"decode_{source.name}_{device}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
     print(f"wrote {output}")
-
-
-def table(args: argparse.Namespace) -> None:
-    result = json.loads(args.file.read_text())
-    print(f"{result['device']}, {', '.join(f'{k} {v}' for k, v in result['versions'].items())}\n")
-    print("| shape (B x L, Hkv, G, D) | best bf16, µs | 4 bits | 3 bits | 2 bits | error at 3 bits |")
-    print("|---|---|---|---|---|---|")
-    for row in ROWS:
-        entries = [e for e in result["rows"] if e["name"] == row.name]
-        if not entries:
-            continue
-        bf16 = min((e for e in entries if e["k_bits"] == 16), key=lambda e: e["us_median"])
-        own = {e["k_bits"]: e for e in entries if e["impl"] == "gluon"}
-        cells = [f"{own[b]['us_median']:.1f} µs, {own[b]['speedup_vs_best_bf16']:.2f}x" for b in (4, 3, 2)]
-        shape = f"{row.name}: {row.batch} x {row.length}, {row.kv_heads}, {row.group}, {row.head_dim}"
-        print(
-            f"| {shape} | {bf16['us_median']:.1f} ({bf16['impl']}) | {' | '.join(cells)} | {own[3]['rel_error']:.1e} |"
-        )
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -324,20 +306,22 @@ def plot(args: argparse.Namespace) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    result = json.loads(args.file.read_text())
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for bits, colour in ((2, "tab:green"), (3, "tab:blue"), (4, "tab:orange")):
-        entries = [e for e in result["rows"] if e["impl"] == "gluon" and e["k_bits"] == bits]
-        axes.scatter(
-            [e["length"] for e in entries],
-            [e["speedup_vs_best_bf16"] for e in entries],
-            color=colour,
-            label=f"{bits} bits",
-        )
-    axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set(xscale="log", xlabel="tokens in the cache", ylabel="speed against the best bf16 kernel", ylim=(0, None))
-    axes.set_title(f"Decode attention, {result['device']}")
-    axes.legend()
+    size = (1 + 5 * len(args.files), 4)
+    figure, panels = pyplot.subplots(1, len(args.files), figsize=size, sharey=True, squeeze=False)
+    for axes, file in zip(panels[0], args.files, strict=True):
+        result = json.loads(file.read_text())
+        for bits, colour in ((2, "tab:green"), (3, "tab:blue"), (4, "tab:orange")):
+            entries = [e for e in result["rows"] if e["impl"] == "gluon" and e["k_bits"] == bits]
+            axes.scatter(
+                [e["length"] for e in entries],
+                [e["speedup_vs_best_bf16"] for e in entries],
+                color=colour,
+                label=f"{bits} bits",
+            )
+        axes.axhline(1.0, color="grey", linewidth=0.8)
+        axes.set(xscale="log", xlabel="tokens in the cache", ylim=(0, None), title=result["device"])
+    panels[0][0].set_ylabel("decode attention, speed against the best bf16 kernel")
+    panels[0][0].legend()
     figure.tight_layout()
     figure.savefig(args.output)
     print(f"wrote {args.output}")
@@ -346,25 +330,22 @@ def plot(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("attention", help="measure on this GPU and write JSON")
-    one.add_argument("--output", type=Path, help="default: benchmarks/results/attention_<device>.json")
-    one.add_argument("--rows", nargs="*", help="only rows whose name contains one of these")
-    one.add_argument("--jobs", type=int, default=8, help="processes that compile ahead")
-    one.add_argument("--commit", help="recorded in the JSON; default: git rev-parse HEAD")
-    one.set_defaults(run=attention)
-    four = commands.add_parser("model", help="time decode steps of a whole model and write JSON")
-    four.add_argument("name", help="alias, embedded model, folder or Hub id")
-    four.add_argument("--length", type=int, default=1024, help="tokens in the cache")
-    four.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
-    four.add_argument("--output", type=Path)
-    four.set_defaults(run=model)
-    two = commands.add_parser("table", help="print a Markdown table of a JSON file")
-    two.add_argument("file", type=Path, nargs="?", default=RESULT)
-    two.set_defaults(run=table)
-    three = commands.add_parser("plot", help="draw a JSON file")
-    three.add_argument("file", type=Path, nargs="?", default=RESULT)
-    three.add_argument("--output", type=Path, default=RESULT.parents[2] / "docs/attention.svg")
-    three.set_defaults(run=plot)
+    of_attention = commands.add_parser("attention", help="measure on this GPU and write JSON")
+    of_attention.add_argument("--output", type=Path, help="default: benchmarks/results/attention_<device>.json")
+    of_attention.add_argument("--rows", nargs="*", help="only rows whose name contains one of these")
+    of_attention.add_argument("--jobs", type=int, default=8, help="processes that compile ahead")
+    of_attention.add_argument("--commit", help="recorded in the JSON; default: git rev-parse HEAD")
+    of_attention.set_defaults(run=attention)
+    of_model = commands.add_parser("model", help="time decode steps of a whole model and write JSON")
+    of_model.add_argument("name", help="alias, embedded model, folder or Hub id")
+    of_model.add_argument("--length", type=int, default=1024, help="tokens in the cache")
+    of_model.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    of_model.add_argument("--output", type=Path)
+    of_model.set_defaults(run=model)
+    drawing = commands.add_parser("plot", help="draw JSON files")
+    drawing.add_argument("files", type=Path, nargs="+")
+    drawing.add_argument("--output", type=Path, default=ROOT / "docs/attention.svg")
+    drawing.set_defaults(run=plot)
     args = parser.parse_args()
     args.run(args)
 

@@ -320,7 +320,7 @@ def plot(args: argparse.Namespace) -> None:
             )
         axes.axhline(1.0, color="grey", linewidth=0.8)
         axes.set(xscale="log", xlabel="tokens in the cache", ylim=(0, None), title=result["device"])
-    panels[0][0].set_ylabel("decode attention, speed against the best bf16 kernel")
+    panels[0][0].set_ylabel("decode attention, times the best bf16 kernel")
     panels[0][0].legend()
     figure.tight_layout()
     figure.savefig(args.output)

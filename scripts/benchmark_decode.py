@@ -1,11 +1,13 @@
 """Time a decode step of a whole model of Llama-3-8B's shape: packed caches against an exact bf16 one of as many tokens.
 
     python scripts/benchmark_decode.py [--rows 32x4096 ...] [--bits 4 3 2] [--output FILE]      on a GPU
+    python scripts/benchmark_decode.py --compile [--rows 8x32768 ...]                           with torch.compile
     python scripts/benchmark_decode.py --layers 2 --hidden 64 --rows 2x400 --replays 8          tries it on a CPU
 
 Random weights, and caches of random K and V; packed ones are written by their layers' own prefill.  A step is the whole
-forward of one token per row, replayed from a CUDA graph (eager on a CPU).  The exact cache is full: its kernels need no
-mask and read K and V where they lie; the faster counts.  Each packed figure comes with a proof that codes were read.
+forward of one token per row, plain or compiled, replayed from a CUDA graph (called on a CPU).  The exact cache is full:
+its kernels need no mask and read K and V where they lie; the faster counts.  Each packed figure comes with a proof that
+codes were read.
 """
 
 import argparse
@@ -68,13 +70,15 @@ def attend(
     return out.transpose(1, 2), None
 
 
-def stepper(model: LlamaForCausalLM, batch: int, cache: Cache) -> Callable[[], torch.Tensor]:
+def stepper(model: LlamaForCausalLM, batch: int, cache: Cache, compiled: bool) -> Callable[[], torch.Tensor]:
     """A call that runs one decode step and gives its logits; on a GPU the replay of a graph."""
     token = torch.arange(batch, device=model.device)[:, None]
+    torch.compiler.reset()  # every cache is a new program
+    call = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
 
     @torch.no_grad()
     def forward() -> torch.Tensor:
-        return model(token, **{cache_argument(model): cache}).logits
+        return call(token, **{cache_argument(model): cache}).logits
 
     if not GPU:
         return forward
@@ -116,7 +120,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
-def time_exact(model: LlamaForCausalLM, batch: int, length: int, replays: int) -> list[dict[str, Any]]:
+def time_exact(model: LlamaForCausalLM, batch: int, length: int, replays: int, compiled: bool) -> list[dict[str, Any]]:
     """An entry for every kernel, or one without times where the cache does not fit beside the model."""
     shape = model.config.num_hidden_layers, batch, length
     _, size = exact_cache(*shape, "meta")
@@ -129,7 +133,7 @@ def time_exact(model: LlamaForCausalLM, batch: int, length: int, replays: int) -
     for kernel, backend in KERNELS.items():
         AttentionInterface.register("one_kernel", partial(attend, backend))
         model.set_attn_implementation("one_kernel")  # no mask is made for it; "flash" in a name would need a package
-        step = stepper(model, batch, cache)
+        step = stepper(model, batch, cache, compiled)
         entries.append(row | {"kernel": kernel} | time_steps(step, replays))
         logits.append(step().clone())
     if (error := difference(logits[0], logits[-1])) > 0.2:
@@ -137,7 +141,9 @@ def time_exact(model: LlamaForCausalLM, batch: int, length: int, replays: int) -
     return entries
 
 
-def time_packed(model: LlamaForCausalLM, batch: int, length: int, bits: int, replays: int) -> dict[str, Any]:
+def time_packed(
+    model: LlamaForCausalLM, batch: int, length: int, bits: int, replays: int, compiled: bool
+) -> dict[str, Any]:
     """An entry for a static packed cache, once its step is proven to read the codes."""
     torch.cuda.empty_cache()
     quantize_kv_(model, TurboQuantConfig(bits=bits))
@@ -147,7 +153,7 @@ def time_packed(model: LlamaForCausalLM, batch: int, length: int, bits: int, rep
         layer.update(k.normal_(), v.normal_())
     del k, v
     prove_packed(cache)
-    step = stepper(model, batch, cache)
+    step = stepper(model, batch, cache, compiled)
     times = time_steps(step, replays)
     logits = [step().clone()]
     for flipped in (False, True):  # the same step again: with the same codes, then with others
@@ -165,7 +171,7 @@ def time_packed(model: LlamaForCausalLM, batch: int, length: int, bits: int, rep
 
 def warm(batch: int, length: int, bits: int, replays: int) -> None:
     """Compile the kernels of a packed row in a process of its own; Triton's disk cache hands them on."""
-    time_packed(build(1, 64, "cuda"), batch, length, bits, replays)
+    time_packed(build(1, 64, "cuda"), batch, length, bits, replays, compiled=False)
 
 
 def main() -> None:
@@ -175,7 +181,10 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default="32x4096 8x32768 1x131072 32x16384".split())
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--replays", type=int, default=64, help="steps timed; one in 32 packs a tile")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/decode_llama-3-8b_<device>.json")
+    parser.add_argument("--compile", action="store_true", help="compile the forward: a minute for each figure")
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/decode_llama-3-8b_DEVICE[_compiled].json"
+    )
     parser.add_argument("--commit", help="recorded in the JSON; default: git rev-parse HEAD")
     args = parser.parse_args()
     rows = [tuple(map(int, row.split("x"))) for row in args.rows]
@@ -188,13 +197,14 @@ def main() -> None:
     sizes["weights_gib"] = round(sum(p.nbytes for p in model.parameters()) / 2**30, 2)
     where = torch.cuda.get_device_name(0) if GPU else f"CPU, {torch.get_num_threads()} threads"
     result = {"device": where, "versions": versions() | {"transformers": transformers.__version__}}
-    result |= {"commit": args.commit or commit(), "model": sizes, "rows": []}
-    output = args.output or RESULTS / f"decode_llama-3-8b_{device_slug() if GPU else 'cpu'}.json"
+    result |= {"commit": args.commit or commit(), "compiled": args.compile, "model": sizes, "rows": []}
+    name = f"decode_llama-3-8b_{device_slug() if GPU else 'cpu'}{'_compiled' * args.compile}.json"
+    output = args.output or RESULTS / name
     output.parent.mkdir(parents=True, exist_ok=True)
     for batch, length in rows:
-        entries = time_exact(model, batch, length, args.replays)
+        entries = time_exact(model, batch, length, args.replays, args.compile)
         best = min((e["ms_median"] for e in entries if e["kernel"]), default=None)
-        entries += [time_packed(model, batch, length, bits, args.replays) for bits in args.bits]
+        entries += [time_packed(model, batch, length, bits, args.replays, args.compile) for bits in args.bits]
         for entry in entries:
             ms = entry["ms_median"]
             entry["tokens_per_s"] = 1e3 * batch / ms if ms else None

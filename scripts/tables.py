@@ -35,18 +35,19 @@ def attention(result: dict) -> Iterator[str]:
 
 def decode(result: dict) -> Iterator[str]:
     """Of scripts/benchmark_decode.py: a whole model's step with a bf16 cache and with ours."""
-    yield "| rows x tokens | bf16 cache | 4 bits | 3 bits | 2 bits |"
-    yield "|---|---|---|---|---|"
+    widths = list(dict.fromkeys(row["bits"] for row in result["rows"] if row["cache"] == "packed"))
+    yield f"| rows x tokens | bf16 cache | {' | '.join(f'{bits} bits' for bits in widths)} |"
+    yield "|---" * (2 + len(widths)) + "|"
     for (batch, length), group in groupby(result["rows"], key=lambda row: (row["batch"], row["length"])):
         rows = list(group)
         timed = [row for row in rows if row["cache"] == "bf16" and row["ms_median"] is not None]
         exact = min(timed, key=lambda row: row["ms_median"], default=None)
         size = f"{rows[0]['cache_gib']:.1f} GiB"
         cells = [f"{exact['ms_median']:.2f} ms, {size}" if exact else f"{size}: does not fit"]
-        own = {row["bits"]: row for row in rows if row["cache"] == "packed"}
-        for row in (own[4], own[3], own[2]):
-            speed = f" {exact['ms_median'] / row['ms_median']:.2f}x," if exact else ""
-            cells.append(f"{row['ms_median']:.2f} ms,{speed} {row['cache_gib']:.1f} GiB")
+        for row in rows:
+            if row["cache"] == "packed":
+                speed = f" {exact['ms_median'] / row['ms_median']:.2f}x," if exact else ""
+                cells.append(f"{row['ms_median']:.2f} ms,{speed} {row['cache_gib']:.1f} GiB")
         yield f"| {batch} x {length} | {' | '.join(cells)} |"
 
 

@@ -44,7 +44,8 @@ def test_what_it_writes(tmp_path, monkeypatch):
             assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms_median"], rel=0.01)
 
 
-def test_the_full_cache_gives_what_transformers_own_gives():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_full_cache_gives_what_transformers_own_gives(compiled):
     model = script.build(2, 64, "cpu")
     full, _ = script.exact_cache(2, 3, 50, "cpu")
     own = DynamicCache(config=model.config)
@@ -54,7 +55,7 @@ def test_the_full_cache_gives_what_transformers_own_gives():
         want = model(torch.arange(3)[:, None], **{tiny.CACHE: own}).logits
     AttentionInterface.register("one_kernel", partial(script.attend, SDPBackend.FLASH_ATTENTION))
     model.set_attn_implementation("one_kernel")
-    step = script.stepper(model, 3, full)
+    step = script.stepper(model, 3, full, compiled)
     for _ in range(2):
         assert script.difference(step(), want) < 0.03
     torch.testing.assert_close(full.layers[1].keys[:, :, -1:], own.layers[1].keys[:, :, -1:], rtol=0.05, atol=0.02)
@@ -66,12 +67,12 @@ def test_a_cache_that_does_not_fit_is_an_entry_without_times(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     model = script.build(1, 64, "cpu")
     model.config.num_hidden_layers = 32
-    (entry,) = script.time_exact(model, 64, 16384, 4)
+    (entry,) = script.time_exact(model, 64, 16384, 4, compiled=False)
     assert entry["cache_gib"] == 128 and entry["kernel"] is None and entry["ms_median"] is None
 
 
 def test_a_step_that_does_not_read_the_codes_is_refused(monkeypatch):
     model = script.build(1, 64, "cpu")
-    monkeypatch.setattr(script, "stepper", lambda model, batch, cache: lambda: torch.ones(1, 1, 5))
+    monkeypatch.setattr(script, "stepper", lambda model, batch, cache, compiled: lambda: torch.ones(1, 1, 5))
     with pytest.raises(RuntimeError, match="to read the codes"):
-        script.time_packed(model, 1, 300, 3, 2)
+        script.time_packed(model, 1, 300, 3, 2, compiled=False)

@@ -68,7 +68,18 @@ def test_recipe_round_trip(tmp_path):
         ("bits: 3", "key 'model'"),
         ("[1]", "a mapping"),
         ("model: x\nbits: 0.5", "between 1 and 8"),
+        ("model: x\nbits: '3'", "between 1 and 8, got '3'"),
+        ("model: 5", "expected model to be an alias, a folder or a Hub id, got 5"),
+        ("model: x\nschedule: [[4, 3], [3, 3]]", "expected schedule auto, uniform, a file or a mapping of layers"),
+        ("model: x\nschedule: null", "expected schedule auto, .*, got None"),
+        ("model: x\nwindow: true", "expected window to be an integer >= 0, got True"),
         ("model: x\ncalibration: {length: 10}", "length >= 256"),
+        ("model: x\ncalibration: null", "expected calibration to be a mapping of .*, got None"),
+        ("model: x\ncalibration: {windows: six}", "expected windows >= 1 and length >= 256, got 'six' and 2048"),
+        ("model: x\ncalibration: {windows: 2}", "expected at least 3 calibration windows with schedule auto, got 2"),
+        ("model: x\ncalibration: {source: 3}", "expected source to be enwiki or the path of a text file, got 3"),
+        ("model: x\nwindow: 256\ncalibration: {length: 256}", "expected calibration windows of more than 292 tokens"),
+        ("model: x\nwindow: 2048", "expected verification windows of more than 2084 tokens"),
         ("model: x\nschedule: {0: [5, 3]}", "k_bits in"),
         ("model: x\nschedule: {0: [3, 2.0]}", "v_bits in .*, an int, got 2.0"),
         ("a: [", "r.yaml"),
@@ -85,6 +96,13 @@ def test_bad_recipes_name_the_file(text, message, tmp_path):
 def test_widths_are_ints(bits):
     with pytest.raises(ValueError, match=f"an int, got {bits!r}"):
         TurboQuantConfig(bits=bits)
+
+
+def test_layers_as_pairs():
+    assert TurboQuantConfig(layers={0: (4, 3)}).layer(0) == LayerScheme(4, 3)
+    for layers in ({0: 3}, {0: (4, 3, 2)}, {"0": (4, 3)}, {0: "43"}):
+        with pytest.raises(ValueError, match="expected"):
+            TurboQuantConfig(layers=layers)
 
 
 def test_uniform_widths():

@@ -313,6 +313,74 @@ def test_the_last_static_cache_serves_again_if_it_fits():
     assert roomy.get_max_length() == 1024
 
 
+@pytest.mark.parametrize(("kind", "window"), [("llama", 0), ("gemma3", 24), ("gemma3", 400)])
+def test_a_chat_goes_on_beyond_the_static_cache_of_its_last_turn(kind, window, rng):
+    """A window of 400 makes sliding layers that have to grow, too."""
+    model = tiny.model(kind, **({"sliding_window": window} if window else {}))
+    quantize_kv_(model, TurboQuantConfig(k_bits=4, v_bits=8, **SMALL))
+    turns, caches = [ids_for(rng, n) for n in (200, 90, 130)], {}
+    for implementation in ("static", "dynamic"):
+        text, cache = turns[0][:, :0], None
+        for turn in turns:
+            text = torch.cat([text, turn], 1)
+            options = {"attention_mask": torch.ones_like(text), "max_new_tokens": 20, "do_sample": False}
+            options |= {"cache_implementation": implementation} if cache is None else {tiny.CACHE: cache}
+            out = model.generate(text, **options, return_dict_in_generate=True)
+            text, cache = out.sequences, out[tiny.CACHE]
+        caches[implementation] = text, cache
+    assert torch.equal(caches["static"][0], caches["dynamic"][0])
+    assert caches["static"][1].is_compileable and caches["static"][1].get_max_length() >= text.shape[1]
+    grown, plain = (cache.packed_layers()[0] for _, cache in caches.values())
+    tiles = (text.shape[1] - 1 - 32 - 3) // 32
+    assert torch.equal(grown.k_codes[:, :, :tiles], plain.k_codes[:, :, :tiles])
+
+
+def test_a_static_cache_of_layers_that_cannot_be_made_longer_says_so():
+    cache = quantize_kv_(tiny.model("gemma3"), TurboQuantConfig(**SMALL)).turboquant.make_cache(16)
+    cache.layers[0] = type("Other", (type(cache.layers[0]),), {})(16, 24)
+    cache.make_room(10)
+    assert cache.get_max_length() == 16
+    with pytest.raises(ValueError, match="at most 16 tokens in a static cache with layers of type Other, got 17"):
+        cache.make_room(17)
+
+
+def test_a_checkpoint_loaded_before_the_import_is_quantised_in_place(tmp_path, rng):
+    """transformers leaves a dict of a method that it does not know."""
+    model, ids = tiny.model(), ids_for(rng)
+    quantize_kv_(model, TurboQuantConfig(bits=2, **SMALL)).save_pretrained(tmp_path)
+    want = tokens(quantize_kv_(model, TurboQuantConfig(bits=1, **SMALL)), ids)
+    program = f"""
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+assert isinstance(model.config.quantization_config, dict)
+from tq_ao import TurboQuantConfig, quantize_kv_
+quantize_kv_(model, TurboQuantConfig(bits=1, window=32, sinks=3))
+ids = torch.tensor({ids.tolist()})
+out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
+model.save_pretrained({str(tmp_path / "again")!r})
+print(out.tolist() == {want.tolist()})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"], done.stderr
+    scheme = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    assert scheme["num_bits"] == 1
+
+
+def test_weights_on_the_meta_device_have_no_bias_to_look_at():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny.config("qwen2"))
+    assert hasattr(quantize_kv_(model), "turboquant")
+
+
+def test_devices_without_kernels_are_refused():
+    model = tiny.model()
+    layer = quantize_kv_(model, TurboQuantConfig(**SMALL)).turboquant.make_cache().layers[0]
+    elsewhere = SimpleNamespace(device=torch.device("mps"), shape=(1, 2, 3, 32))
+    with pytest.raises(ValueError, match="expected a device of type cpu or cuda, got mps"):
+        layer.lazy_initialization(elsewhere, elsewhere)
+
+
 def test_a_large_key_bias_is_warned_of_unless_maps_subtract_it(rng, monkeypatch):
     model, said = tiny.model("qwen2"), []
     monkeypatch.setattr(hf.logger, "warning", lambda text, *values: said.append(text % values))

@@ -17,7 +17,7 @@ TRANSFORMERS = TORCH | {"transformers", "huggingface_hub", "safetensors", "yaml"
 # Modules of each layer, and what they may import beside the standard library.
 LAYERS: list[tuple[set[str], set[str]]] = [
     ({"", "_import_hook", "errors"}, set()),
-    ({"codebook", "packing", "rotation", "config", "quiet"}, TORCH),
+    ({"codebook", "packing", "rotation", "config", "devices", "quiet"}, TORCH),
     ({"reference"}, TORCH),
     ({"kernels"}, TORCH | {"triton"}),
     ({"ops"}, TORCH),
@@ -25,7 +25,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"cache", "cache_layer", "attention"}, TORCH | {"transformers"}),
     (
         {"quantizer", "hf", "quantize", "embedded", "models", "text", "recall", "hub", "model_card", "footprint"}
-        | {"calibration", "evaluation", "checkpoint", "fold"},
+        | {"calibration", "evaluation", "checkpoint", "fold", "transforms_file"},
         TRANSFORMERS | {"torchao", "gguf", "matplotlib"},
     ),
     ({"recipe", "recipe_table"}, {"yaml"}),

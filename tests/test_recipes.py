@@ -264,8 +264,10 @@ def test_a_target_needs_a_recipe_that_has_it(tmp_path, capsys):
     ):
         assert script.main(argv) == 1
         assert says in capsys.readouterr().err
-    assert script.main(["--recipe", str(path), "--output-dir", str(ROOT)]) == 1  # as before there were targets
-    assert f"{ROOT} exists" in capsys.readouterr().err
+    assert (
+        script.main(["--recipe", str(path), "--output-dir", str(RECIPES[0].parent)]) == 1
+    )  # as before there were targets
+    assert f"{RECIPES[0].parent} exists" in capsys.readouterr().err
 
 
 def test_the_table_says_what_the_results_say():

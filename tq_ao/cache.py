@@ -11,6 +11,8 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     STATIC_LAYER_TYPE_MAPPING,
     Cache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
     get_layer_types_and_kwargs,
 )
 
@@ -21,6 +23,7 @@ from tq_ao.rotation import MapSource
 # What transformers calls a model's KV cache: 5.24 renamed the second to the first, in forwards, outputs and `generate`.
 CACHE_NAMES = ("cache", "past_key_values")
 SLIDING = "sliding_attention"  # the layer type
+_STATIC_STEP = 128
 
 
 def _name_in_generate() -> str:
@@ -103,6 +106,11 @@ def longest_text(text_config: PreTrainedConfig) -> float:
     return max(reach)
 
 
+def static_length(tokens: int) -> int:
+    """Tokens that the static cache of a text of `tokens` is allocated for."""
+    return -(-tokens // _STATIC_STEP) * _STATIC_STEP
+
+
 class TurboQuantCache(Cache):
     """KV cache of a whole model: packed layers by schedule, every other layer as the model wants it.
 
@@ -139,6 +147,7 @@ class TurboQuantCache(Cache):
                 layers.append(STATIC_LAYER_TYPE_MAPPING[kind](max_cache_len=max_cache_len, **extra))
         super().__init__(layers=layers)
         self.quantization = quantization
+        self._kinds, self._room = list(zip(types, kwargs, strict=True)), max_cache_len
         for layer in self.packed_layers()[:1]:
             layer.guards_length = max_cache_len is not None
         self._mask_faults: torch.Tensor | None = None  # bool [4], on a GPU looked at when the next mask arrives
@@ -147,6 +156,40 @@ class TurboQuantCache(Cache):
         """Empty every layer, keeping the buffers."""
         super().reset()
         self._mask_faults = None
+
+    def make_room(self, tokens: int) -> None:
+        """Let a static cache hold at least `tokens` tokens, what it holds included: half as many again at a time.
+
+        A growing cache has room anyway.  Compiled programs that read the cache compile anew.
+
+        Raises:
+            ValueError: layers of a kind that cannot be made longer.
+        """
+        have = self._room
+        if have is None or tokens <= have:
+            return
+        size = static_length(max(tokens, have + have // 2))
+        for layer, (kind, extra) in zip(self.layers, self._kinds, strict=True):
+            if isinstance(layer, TurboQuantLayer):
+                layer.make_room(size)
+                continue
+            longer = STATIC_LAYER_TYPE_MAPPING[kind](max_cache_len=size, **extra)
+            room = getattr(longer, "max_cache_len", None)
+            if room is None or room == layer.max_cache_len:  # layers of a state, and those that see their window only
+                continue
+            if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
+                raise ValueError(
+                    f"expected at most {have} tokens in a static cache with layers of type {type(layer).__name__}, got "
+                    f"{tokens}; make a longer cache, or pass cache_implementation='dynamic'"
+                )
+            for name in ("keys", "values") if layer.is_initialized else ():
+                old = getattr(layer, name)
+                setattr(layer, name, torch.nn.functional.pad(old, (0, 0, 0, room - old.shape[2])))
+                torch._dynamo.mark_static_address(getattr(layer, name))
+            layer.max_cache_len = room
+            if isinstance(layer, StaticSlidingWindowLayer):
+                layer._is_croppable = longer._is_croppable
+        self._room = size
 
     def packed_layers(self) -> list[TurboQuantLayer]:
         """The layers that hold packed K and V."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from tq_ao import ops, reference
+from tq_ao import devices, ops, reference
 from tq_ao.codebook import ROLES
 from tq_ao.config import LayerScheme
 from tq_ao.packing import TILE, tile_bytes
@@ -71,13 +71,14 @@ class TurboQuantLayer(CacheLayerMixin):
             raise ValueError(
                 f"layer {self.index}: expected K and V of one head_dim, got {dim} and {value_states.shape[-1]}"
             )
+        devices.check(key_states.device)
         self.dtype, self.device, self.batch_size, self.head_dim = key_states.dtype, key_states.device, batch, dim
         self.layer_maps = maps = self.maps(self.index, heads, dim, self.device)
         self.key_operands = self.value_operands = None
         if self.device.type != "cpu":  # on "meta" too, where bytes are counted
             self.key_operands = ops.prepare(maps.key, maps.key_shift, "key", feedback=maps.key_feedback)
             self.value_operands = ops.prepare(maps.value, maps.value_shift, "value", feedback=maps.value_feedback)
-        tiles = 0 if self.max_cache_len is None else max(0, self.max_cache_len - self.sinks - self.window) // TILE
+        tiles = self._static_tiles()
         ring = self.window + RING_SLACK
         for side, bits in (("k", self.scheme.k_bits), ("v", self.scheme.v_bits)):
             codes = torch.zeros(batch, heads, tiles, tile_bytes(bits, dim), dtype=torch.uint8, device=self.device)
@@ -199,13 +200,26 @@ class TurboQuantLayer(CacheLayerMixin):
         """Room for the tiles of `tokens` tokens, half as much again at a time."""
         have = self.k_codes.shape[2]
         need = reference.packed_tokens(tokens, self.sinks, self.window, self.k_recent.shape[2]) // TILE
-        if need <= have:
-            return
-        tiles = max(need, have + have // 2, 8)
+        if need > have:
+            self._allocate_tiles(max(need, have + have // 2, 8))
+
+    def make_room(self, max_cache_len: int) -> None:
+        """Let a static layer hold as many tokens, what it holds included.  Its tiles get new addresses."""
+        self.max_cache_len = max_cache_len
+        if self.is_initialized:
+            self._allocate_tiles(self._static_tiles())
+            for name in _BUFFERS[:4]:
+                torch._dynamo.mark_static_address(getattr(self, name))
+
+    def _static_tiles(self) -> int:
+        return 0 if self.max_cache_len is None else max(0, self.max_cache_len - self.sinks - self.window) // TILE
+
+    def _allocate_tiles(self, tiles: int) -> None:
+        """Buffers for `tiles` tiles, with the ones there are."""
         for name in _BUFFERS[:4]:
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], tiles, old.shape[3])
-            new[:, :, :have] = old
+            new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 
     def get_seq_length(self) -> int | torch.Tensor:

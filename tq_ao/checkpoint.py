@@ -13,12 +13,12 @@ from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from tq_ao import hf
 from tq_ao.config import TRANSFORMS_FILE, TurboQuantConfig
 from tq_ao.errors import ModelError
 from tq_ao.model_card import CARD, SIDECAR, model_card
 from tq_ao.quantizer import TurboQuantQuantizationConfig
 from tq_ao.rotation import LayerMaps
+from tq_ao.transforms_file import save_transforms
 
 # The names of safetensors' dtypes: https://github.com/huggingface/safetensors#format
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -26,7 +26,9 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 
 
 def check_output(output: Path) -> None:
-    """Raise OSError or ValueError unless `output` can be created."""
+    """Raise OSError or ValueError unless `output`, a resolved path, can be created, or replaced where it is empty."""
+    if output.is_mount() or output == Path.cwd():
+        raise ValueError(f"{output} cannot be replaced by a finished folder; give an --output-dir inside it")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists; give another --output-dir or remove it")
     parent = output.absolute().parent
@@ -161,7 +163,7 @@ def write(
         if (base / CHAT_TEMPLATE_DIR).is_dir():  # other folders hold other things: training state, exports
             shutil.copytree(base / CHAT_TEMPLATE_DIR, part / CHAT_TEMPLATE_DIR)
         if maps is not None:
-            hf.save_transforms(part / TRANSFORMS_FILE, maps)
+            save_transforms(part / TRANSFORMS_FILE, maps)
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         ours = TurboQuantQuantizationConfig(quantization.to_scheme()).to_dict()
         existing = config.get("quantization_config") or {}

@@ -45,6 +45,16 @@ class LayerScheme:
         return self.k_bits == EXACT
 
 
+def _scheme(index: object, given: object) -> LayerScheme:
+    if not isinstance(index, int):
+        raise ValueError(f"expected layer indices to be integers, got {index!r}")
+    if isinstance(given, LayerScheme):
+        return given
+    if not isinstance(given, Sequence) or len(given) != 2:
+        raise ValueError(f"expected layer {index} to be a LayerScheme or (k_bits, v_bits), got {given!r}")
+    return LayerScheme(*given)
+
+
 @dataclass(frozen=True)
 class TurboQuantConfig:
     """KV-cache quantisation of a model.
@@ -52,7 +62,8 @@ class TurboQuantConfig:
     Attributes:
         bits: code width of every layer's K and V that `k_bits`, `v_bits` or `layers` do not name.
         k_bits, v_bits: code widths of K and of V for all layers.
-        layers: layer index -> LayerScheme, for a mixed schedule; layers not named follow the uniform widths.
+        layers: layer index -> LayerScheme, or a pair (k_bits, v_bits) that becomes one; layers not named follow the
+            uniform widths.
         window: newest tokens kept exact (up to 31 more while a tile fills).
         sinks: first tokens of each row kept exact.
         rotation: "hadamard" or "dense" random rotation per (layer, KV head); unused where `transforms` holds maps.
@@ -78,8 +89,9 @@ class TurboQuantConfig:
 
     def __post_init__(self) -> None:
         LayerScheme(self._uniform("k_bits"), self._uniform("v_bits"))
+        object.__setattr__(self, "layers", {i: _scheme(i, given) for i, given in self.layers.items()})
         for name, value in (("window", self.window), ("sinks", self.sinks), ("seed", self.seed)):
-            if not isinstance(value, int) or value < 0:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"expected {name} to be an integer >= 0, got {value!r}")
         if self.rotation not in ("hadamard", "dense"):
             raise ValueError(f"expected rotation 'hadamard' or 'dense', got {self.rotation!r}")

@@ -19,8 +19,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tq_ao import __version__, fold, hf
-from tq_ao.cache import GENERATE_CACHE, TurboQuantCache, head_dim, kv_heads, longest_text, quantizable_layers
+from tq_ao import __version__, devices, fold, hf
+from tq_ao.cache import (
+    GENERATE_CACHE,
+    TurboQuantCache,
+    head_dim,
+    kv_heads,
+    longest_text,
+    quantizable_layers,
+    static_length,
+)
 from tq_ao.calibration.allocation import MIB, Memory
 from tq_ao.calibration.calibrate import calibrate
 from tq_ao.calibration.target import LOSSES, losses, missed
@@ -104,13 +112,15 @@ def convert(
         TurboQuantError, ValueError, OSError: one-line messages; nothing is left behind but the measurements of a
             calibration that was cut off or missed `max_kl` or `max_ppl`, which the next run takes up.
     """
-    output = Path(output)
+    shown, output = output, Path(output).resolve()
     check_output(output)
     began = time.monotonic()
     job = load(recipe, token=token, device=device, dtype=dtype, say=say)
     choose(job, journal=journal_path(output), progress=progress, say=say)
     verify(job, progress=progress, say=say)
-    job.report.update(repo_id=repo_id or output.as_posix(), command=command, seconds=round(time.monotonic() - began, 1))
+    job.report.update(
+        repo_id=repo_id or Path(shown).as_posix(), command=command, seconds=round(time.monotonic() - began, 1)
+    )
     changed = {} if job.folded is None else {job.stored[name]: w for name, w in job.folded.weights.items()}
     if changed and (left := [file.name for file in other_weights(job.folder)]):
         say(f"left out {', '.join(left)}: not the weights that the value maps are folded into")
@@ -119,7 +129,7 @@ def convert(
         report=job.report, changed=changed,
     )  # fmt: skip
     journal_path(output).unlink(missing_ok=True)
-    say(f"written to {output}")
+    say(f"written to {shown}")
     return job.report
 
 
@@ -132,6 +142,7 @@ def load(
     recipe: Recipe, *, token: str | None, device: str | None, dtype: torch.dtype | None, say: Callable[[str], None]
 ) -> Conversion:
     """Resolve and load everything a conversion reads: cheap checks first, then text, then weights."""
+    device = devices.named(device)
     source = resolve(recipe.model, token)
     config = AutoConfig.from_pretrained(source.path_or_id, token=token)
     hf.check_supported(config)
@@ -141,6 +152,12 @@ def load(
         raise ValueError(
             f"the schedule names layers {stray}, which are not full-attention layers of {source.name}; "
             f"those are {layers}"
+        )
+    longest = longest_text(config.get_text_config(decoder=True))
+    if (length := max(recipe.calibration.length, recipe.verification.length)) > longest:
+        raise TextError(
+            f"expected windows of at most {longest:g} tokens, what {source.name} can read, got {length}; "
+            "give --max-seq-length (length in a recipe)"
         )
     memory = memory_of(recipe, config)
     changing, prefix = fold.check_config(config, layers) if recipe.fold_values else ([], "")
@@ -154,12 +171,6 @@ def load(
     recalls = recipe.calibration.recall if recipe.schedule == "auto" else 0
     recall = recall_windows(tokenizer, for_calibration, recipe.calibration.length, recalls, recipe.seed)
     verification = windows(tokenizer, for_verification, recipe.verification.length, recipe.verification.windows)
-    if recipe.verification.length <= recipe.window + recipe.sinks + 32:
-        raise TextError(
-            f"verification windows of {recipe.verification.length} tokens never leave the exact window of "
-            f"{recipe.window}; make them longer"
-        )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     say(f"loading {source.path_or_id} ({str(dtype).removeprefix('torch.')} on {device})")
     folder = Path(source.path_or_id)
@@ -219,9 +230,10 @@ def choose(job: Conversion, *, journal: Path | None = None, progress: bool = Fal
         source, heads = MapSource(recipe.rotation, recipe.seed), kv_heads(config)
         plain = {i: source(i, heads, head_dim(config), torch.device("cpu")) for i in layers}
         context = job.report["context"] = context_of(recipe, config)
+        offered = BITS[:4] if recipe.bits is not None and recipe.bits <= 4 else BITS
         result = calibrate(
             job.model, job.calibration, plain, recall=job.recall, bits=recipe.bits, memory=job.memory,
-            limits=recipe.limits, widths=BITS if job.memory else BITS[:4], window=recipe.window, sinks=recipe.sinks,
+            limits=recipe.limits, widths=offered, window=recipe.window, sinks=recipe.sinks,
             context=context, maps="auto" if recipe.maps == "auto" else "plain", seed=recipe.seed, journal=journal,
             repair_evaluations=recipe.repair and recipe.repair + 1, progress=progress, report=say,
         )  # fmt: skip
@@ -251,14 +263,14 @@ def memory_of(recipe: Recipe, config: PreTrainedConfig) -> Memory | None:
     if not tokens:
         raise ValueError("expected a context with memory, got none, and the model's config has no limit; give one")
     return memory_budget(
-        config, recipe.memory, hf.static_length(tokens), window=recipe.window, sinks=recipe.sinks,
+        config, recipe.memory, static_length(tokens), window=recipe.window, sinks=recipe.sinks,
         calibrated=recipe.maps == "auto",
     )  # fmt: skip
 
 
 def cache_bytes(job: Conversion) -> dict[str, int]:
     """Bytes of the attached model's cache for a text of `context` tokens, counted from its tensors (see `count`)."""
-    cache = job.model.turboquant.make_cache(hf.static_length(job.report["context"]))
+    cache = job.model.turboquant.make_cache(static_length(job.report["context"]))
     parts = count(cache, job.model.config)
     return {name: sum(part[name] for part in parts) for name in parts[0]}
 
@@ -352,8 +364,8 @@ def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None
     job.report.update(
         name=job.source.name, base_model=job.source.base_model, license=job.source.license, schedule=rows,
         average_bits=chosen.average_bits(layers), stored_bits=16 * size["packed"] / size["bfloat16"], head_dim=dim,
-        kl=result.kl, kl_stderr=result.kl_stderr, ppl_before=result.ppl_exact, ppl_after=result.ppl, top1=result.top1,
-        ppl_rise=held_out["max_ppl"], ppl_rise_stderr=100 * result.ppl_ratio_stderr,
+        kl=result.kl, kl_stderr=_known(result.kl_stderr), ppl_before=result.ppl_exact, ppl_after=result.ppl,
+        top1=result.top1, ppl_rise=held_out["max_ppl"], ppl_rise_stderr=_known(100 * result.ppl_ratio_stderr),
         text=f"{recipe.verification.source}, {recipe.verification.windows} x {recipe.verification.length} tokens "
         "of articles not used to choose",
         window=recipe.window, sinks=recipe.sinks, fell_back=fell_back, memory=recipe.memory,
@@ -362,14 +374,19 @@ def verify(job: Conversion, *, progress: bool = False, say: Callable[[str], None
         bytes_per_token=size, **origin, dtype=name_of(job.model.dtype),
     )  # fmt: skip
     if job.memory is not None:
-        job.report["cache"] = {"tokens": hf.static_length(job.report["context"]), "bytes": cache_bytes(job)}
+        job.report["cache"] = {"tokens": static_length(job.report["context"]), "bytes": cache_bytes(job)}
         if (held := sum(job.report["cache"]["bytes"].values())) > job.memory.mib * MIB:
             raise RuntimeError(f"expected a cache of {job.memory.mib:g} MiB, counted {held / MIB:.3f}; report this")
     if "uniform" in measured:
         job.report["baseline_uniform"] = {
-            "bits": base.average_bits, "ppl": measured["uniform"].ppl,
-            "kl": measured["uniform"].kl, "kl_stderr": measured["uniform"].kl_stderr,
+            "bits": base.average_bits, "stored_bits": base.average_bits + 16 / dim, "ppl": measured["uniform"].ppl,
+            "kl": measured["uniform"].kl, "kl_stderr": _known(measured["uniform"].kl_stderr),
         }  # fmt: skip
+
+
+def _known(error: float) -> float | None:
+    """JSON has no NaN, which is the standard error of a single chunk of text."""
+    return None if math.isnan(error) else error
 
 
 def _name(scheme: Any) -> str:

@@ -23,7 +23,7 @@ import tq_ao.quiet  # noqa: F401 - before anything imports torchao
 from tq_ao import hub, recipe
 from tq_ao.calibration.target import LOSSES
 from tq_ao.convert import convert
-from tq_ao.errors import HubError, TurboQuantError
+from tq_ao.errors import HubError, TurboQuantError, one_line
 
 PROGRAM = "tq-ao-convert"
 
@@ -169,13 +169,13 @@ def show(report: dict) -> None:
         f"measured through the packed cache on {report['text']} (window {report['window']}, sinks {report['sinks']}):"
     )
     print(
-        f"  this schedule: KL {report['kl']:.5f} +- {report['kl_stderr']:.5f}, "
+        f"  this schedule: KL {report['kl']:.5f}{_spread(report['kl_stderr'], 5)}, "
         f"perplexity {report['ppl_before']:.3f} -> {report['ppl_after']:.3f} "
-        f"({report['ppl_rise']:+.2f} +- {report['ppl_rise_stderr']:.2f} %)"
+        f"({report['ppl_rise']:+.2f}{_spread(report['ppl_rise_stderr'], 2)} %)"
     )
     if base := report.get("baseline_uniform"):
         print(
-            f"  uniform {base['bits']:g}, random rotations: KL {base['kl']:.5f} +- {base['kl_stderr']:.5f}, "
+            f"  uniform {base['bits']:g}, random rotations: KL {base['kl']:.5f}{_spread(base['kl_stderr'], 5)}, "
             f"perplexity {base['ppl']:.3f}"
         )
     if report.get("fold_kl") is not None:
@@ -184,6 +184,10 @@ def show(report: dict) -> None:
             "original, which all figures compare with"
         )
     print(f"sample: ...{report['sample']['prompt'][-60:]!r} -> {report['sample']['text']!r}\n")
+
+
+def _spread(error: float | None, digits: int) -> str:
+    return "" if error is None else f" +- {error:.{digits}f}"
 
 
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
@@ -225,7 +229,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 3
     except (TurboQuantError, ValueError, OSError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""Errors a user can act on: scripts print `error: <message>` and exit 1."""
+"""Errors a user can act on: commands print `error: <message>` and exit 1."""
 
 
 class TurboQuantError(Exception):
@@ -15,3 +15,8 @@ class TextError(TurboQuantError):
 
 class HubError(TurboQuantError):
     """The Hub refused, was not reachable, or an upload broke off."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message for a terminal; of torch's own errors without the C++ stack behind it."""
+    return " ".join(str(error).partition("\nException raised from")[0].split())

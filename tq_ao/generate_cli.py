@@ -12,7 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import tq_ao.quiet  # noqa: F401 - importing tq_ao registers the packed cache with transformers
+from tq_ao import devices
 from tq_ao.cache import GENERATE_CACHE, TurboQuantCache, head_dim, kv_heads
+from tq_ao.errors import one_line
 
 PROGRAM = "tq-ao-generate"
 
@@ -25,7 +27,8 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         program: how it was started, for the help.
 
     Returns:
-        Exit status: 0, or 1 for a model that does not load or is not converted (said in one line).
+        Exit status: 0, or 1 for a mistake (said in one line): a model that does not load or is not converted, a device
+        that this machine has not, no prompt, no tokens wanted.
     """
     p = argparse.ArgumentParser(
         prog=program, description=(__doc__ or "").replace(PROGRAM, program),
@@ -35,25 +38,32 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     p.add_argument("--prompt", required=True)
     p.add_argument("--max-new-tokens", type=int, default=200)
     p.add_argument("--sample", action="store_true", help="sample at temperature 0.8 instead of greedy")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", help="default: cuda if there is one, else cpu")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
+
+    def refuse(why: str) -> int:
+        print(f"error: {why}", file=sys.stderr)
+        return 1
+
+    if args.max_new_tokens < 1:
+        return refuse(f"expected --max-new-tokens to be 1 or more, got {args.max_new_tokens}")
+    try:
+        device = devices.named(args.device)
+    except ValueError as error:
+        return refuse(one_line(error))
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(args.device).eval()
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(device).eval()
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        print(f"error: cannot load {args.model}, expected a converted folder or Hub id: {reason}", file=sys.stderr)
-        return 1
+        return refuse(f"cannot load {args.model}, expected a converted folder or Hub id: {one_line(error)}")
     if not hasattr(model, "turboquant"):
-        print(
-            f"error: {args.model} carries no KV-cache schedule; make one with: "
-            f"{program.replace('generate', 'convert')} {args.model}",
-            file=sys.stderr,
-        )
-        return 1
+        convert = program.replace("generate", "convert")
+        return refuse(f"{args.model} carries no KV-cache schedule; make one with: {convert} {args.model}")
     torch.manual_seed(args.seed)
-    inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
+    inputs = tokenizer(args.prompt, return_tensors="pt").to(device)
+    if not inputs["input_ids"].shape[1]:
+        return refuse("expected a --prompt of at least one token, got none")
     print(args.prompt, end="", flush=True)
     began = time.perf_counter()
     out = model.generate(

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMode
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
-from tq_ao import attention
+from tq_ao import attention, devices
 from tq_ao.cache import (
     CACHE_NAMES,
     GENERATE_CACHE,
@@ -24,10 +22,12 @@ from tq_ao.cache import (
     longest_text,
     quantizable_layers,
     sliding_windows,
+    static_length,
 )
-from tq_ao.config import TRANSFORMS_FILE, TurboQuantConfig
+from tq_ao.config import FORMAT, TRANSFORMS_FILE, TurboQuantConfig
 from tq_ao.quantizer import TurboQuantQuantizationConfig
 from tq_ao.rotation import LayerMaps, MapSource
+from tq_ao.transforms_file import find_transforms, load_transforms, save_transforms
 
 # Families whose attention rewrites K or V after the cache has returned them (latent attention and a few
 # others): a packed tensor cannot pass through there.
@@ -36,7 +36,6 @@ UNSUPPORTED_MODELS = frozenset(
     "minicpm3 mistral4 mistral_large4 youtu bailing_hybrid hy_v4 jetmoe dots3_note bigbird_pegasus idefics mllama "
     "moonshine moonshine_streaming t5gemma".split()
 )
-_STATIC_STEP = 128
 # Times the energy of what varies in keys.  Qwen2.5-Coder-1.5B has 7700 and 290 in its first layers, below 3 in others.
 _KEY_BIAS = 10.0
 logger = logging.get_logger(__name__)
@@ -100,11 +99,6 @@ class Attachment:
         return new
 
 
-def static_length(tokens: int) -> int:
-    """Tokens that the static cache of a text of `tokens` is allocated for."""
-    return -(-tokens // _STATIC_STEP) * _STATIC_STEP
-
-
 def check_supported(config: PreTrainedConfig) -> None:
     """Raise ValueError, saying why, if a model of this config cannot have a packed KV cache."""
     text = config.get_text_config(decoder=True)
@@ -151,9 +145,10 @@ def attach(
 
     Raises:
         ValueError: a model whose attention cannot read packed K and V or whose forward takes no cache, a head_dim
-            that is not a multiple of 32, or a schedule for another shape.
+            that is not a multiple of 32, a device without kernels, or a schedule for another shape.
     """
     check_supported(model.config)
+    devices.check(model.device)
     for module in (model, model.get_decoder()):
         cache_argument(module)
     config = model.config.get_text_config(decoder=True)
@@ -172,24 +167,21 @@ def attach(
     if calibrated:
         resolved = replace(resolved, transforms=resolved.transforms or TRANSFORMS_FILE)
     attention.register()
-    model.set_attn_implementation(attention.ATTENTION_NAME)
-    if model.get_decoder().config._attn_implementation != attention.ATTENTION_NAME:
-        raise ValueError(
-            f"{model.config.model_type}: expected a model whose attention can be exchanged through transformers' "
-            "AttentionInterface, got one with an attention of its own; it cannot read packed K and V"
-        )
+    exchange_attention(model, attention.ATTENTION_NAME)
     attached = hasattr(model, "turboquant")
     model.turboquant = Attachment(model.config, resolved, MapSource(resolved.rotation, resolved.seed, calibrated))
     existing = getattr(model.config, "quantization_config", None)
-    if existing is None or isinstance(existing, TurboQuantQuantizationConfig):
+    # A dict is what transformers leaves of a method that it did not know: a checkpoint loaded before `import tq_ao`.
+    method = existing.get("quant_method") if isinstance(existing, dict) else getattr(existing, "quant_method", None)
+    if method in (None, FORMAT):
         model.config.quantization_config = TurboQuantQuantizationConfig(resolved.to_scheme())
-    elif existing.quant_method == "torchao":
+    elif method == "torchao":
         existing.kv_cache_scheme = resolved.to_scheme()
     else:
         logger.warning(
             "%s weights have no place for a KV-cache schedule in their config: this model packs its cache now, "
             "but a copy saved with save_pretrained will not",
-            existing.quant_method,
+            method,
         )
     random_maps = [i for i in layers if not (calibrated and i in calibrated) and not resolved.layer(i).exact]
     if bias := _key_bias(model, random_maps):
@@ -205,6 +197,20 @@ def attach(
     return model
 
 
+def exchange_attention(model: PreTrainedModel, name: str) -> None:
+    """Set a registered attention function in a model.
+
+    Raises:
+        ValueError: a model whose attention stays its own.
+    """
+    model.set_attn_implementation(name)
+    if model.get_decoder().config._attn_implementation != name:
+        raise ValueError(
+            f"{model.config.model_type}: expected a model whose attention can be exchanged through transformers' "
+            "AttentionInterface, got one with an attention of its own; it cannot read packed K and V"
+        )
+
+
 def _key_bias(model: PreTrainedModel, layers: list[int]) -> tuple[float, int] | None:
     """Energy of k_proj's bias over that of W x for x of unit variance, and the layer where it is largest; None below
     _KEY_BIAS."""
@@ -212,7 +218,8 @@ def _key_bias(model: PreTrainedModel, layers: list[int]) -> tuple[float, int] | 
     for module in model.get_decoder().modules():
         projection, layer = getattr(module, "k_proj", None), getattr(module, "layer_idx", None)
         bias, weight = getattr(projection, "bias", None), getattr(projection, "weight", None)
-        if layer in layers and isinstance(bias, torch.Tensor) and type(weight) is torch.nn.Parameter:
+        readable = isinstance(bias, torch.Tensor) and type(weight) is torch.nn.Parameter
+        if layer in layers and readable and not (weight.is_meta or bias.is_meta):
             energy, varying = (x.detach().float().square().sum() for x in (bias, weight))
             found.append((float(energy / varying.clamp_min(1e-30)), layer))
     largest = max(found, default=(0.0, 0))
@@ -259,55 +266,8 @@ def attach_checkpoint(model: PreTrainedModel, scheme: Mapping[str, Any], folder:
     quantization = TurboQuantConfig.from_scheme(scheme)
     calibrated = None
     if quantization.transforms is not None:
-        calibrated = load_transforms(_find_transforms(model.config, quantization.transforms, folder))
+        calibrated = load_transforms(find_transforms(model.config, quantization.transforms, folder))
     return attach(model, quantization, calibrated)
-
-
-def _find_transforms(config: PreTrainedConfig, name: str, folder: Path | None) -> str | Path:
-    """Path of a checkpoint's transforms file, fetched from the Hub if need be into the cache the weights are in."""
-    where: dict[str, Any] = {"revision": getattr(config, "_commit_hash", None)}
-    if folder is not None:
-        if (folder / name).is_file():
-            return folder / name
-        parts = folder.parts
-        if "snapshots" in parts:  # <cache_dir>/models--org--name/snapshots/<commit>/<subfolder>
-            at = len(parts) - 1 - parts[::-1].index("snapshots")
-            where.update(cache_dir=Path(*parts[: at - 1]), subfolder="/".join(parts[at + 2 :]))
-    try:
-        return cached_file(config._name_or_path, name, **where)
-    except OSError as error:
-        raise OSError(
-            f"{config._name_or_path}: cannot get {name}, which its KV-cache schedule needs; it is fetched with the "
-            "stored login, not with a token passed to from_pretrained: for a private model run `hf auth login` or set "
-            "HF_TOKEN "
-            f"({' '.join(str(error).split())})"
-        ) from error
-
-
-def save_transforms(path: str | Path, calibrated: Mapping[int, LayerMaps]) -> None:
-    """Write calibrated maps: one float32 tensor `layers.<i>.<name>` per map, shift or feedback (names of LayerMaps)."""
-    tensors = {
-        f"layers.{i}.{name}": t.cpu().contiguous()
-        for i, maps in calibrated.items()
-        for name, t in maps.tensors().items()
-    }
-    Path(path).write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file's is for its owner's eyes only
-
-
-def load_transforms(path: str | Path) -> dict[int, LayerMaps]:
-    """Inverse of `save_transforms`.
-
-    Raises:
-        ValueError: a file that is not safetensors, or a layer with a map missing, unknown or of another shape.
-    """
-    by_layer: dict[int, dict[str, torch.Tensor]] = {}
-    try:
-        for key, tensor in load_file(str(path)).items():
-            _, index, name = key.split(".")
-            by_layer.setdefault(int(index), {})[name] = tensor
-        return {i: LayerMaps(**named) for i, named in sorted(by_layer.items())}
-    except (TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a transforms file of this version ({error}); convert the model again") from error
 
 
 class _Method:
@@ -342,23 +302,21 @@ def _prepare_cache_for_generation(
     max_cache_length: int,
 ) -> None:
     """Our cache unless the caller passed one, wants none, or names another kind; static where generate compiles."""
-    asked = generation_config.cache_implementation
-    if (
-        model_kwargs.get(GENERATE_CACHE) is not None
-        or not generation_config.use_cache
-        or asked not in (None, "dynamic", "static")
-    ):
+    asked, given = generation_config.cache_implementation, model_kwargs.get(GENERATE_CACHE)
+    guessed = generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION
+    wanted = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+    if guessed:
+        wanted += max(generation_config.prompt_lookup_num_tokens or 0, generation_config.num_assistant_tokens or 0)
+    if isinstance(given, TurboQuantCache):  # on a GPU the one that the last call returned is static: a chat goes on
+        given.make_room(wanted)
+    if given is not None or not generation_config.use_cache or asked not in (None, "dynamic", "static"):
         type(self)._prepare_cache_for_generation(
             self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         return
-    guessed = generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION
     # Guesses reach beyond the last token and are taken back, which static sliding layers cannot do: a growing cache.
     if asked == "static" or (asked is None and self.device.type == "cuda" and not guessed):
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        wanted = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
-        if guessed:
-            wanted += max(generation_config.prompt_lookup_num_tokens or 0, generation_config.num_assistant_tokens or 0)
         cache = self.turboquant.static_cache(wanted, rows, self.device, self.dtype)
     else:
         cache = self.turboquant.make_cache()

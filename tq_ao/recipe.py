@@ -1,4 +1,4 @@
-"""Recipes: the settings of a conversion as a YAML file, the same names as convert.py's flags.
+"""Recipes: the settings of a conversion as a YAML file.
 
 A file may hold several targets of one model: settings they share, and under `targets` what each one changes.
 """
@@ -16,6 +16,7 @@ import yaml
 from tq_ao.calibration.target import LOSSES
 from tq_ao.codebook import BITS
 from tq_ao.config import LayerScheme, TurboQuantConfig
+from tq_ao.packing import TILE
 
 # Uniform schedules, ascending: K takes the larger half.
 SHIPPED = Path(__file__).with_name("recipes")
@@ -35,12 +36,14 @@ class Text:
     recall: int = 0
 
     def __post_init__(self) -> None:
-        if self.windows < 1 or self.length < 256:
+        if not isinstance(self.source, str):
+            raise ValueError(f"expected source to be enwiki or the path of a text file, got {self.source!r}")
+        if not (_is_count(self.windows, 1) and _is_count(self.length, 256)):
             raise ValueError(
-                f"expected windows >= 1 and length >= 256, got {self.windows} and {self.length}; "
+                f"expected windows >= 1 and length >= 256, got {self.windows!r} and {self.length!r}; "
                 "shorter text never leaves the window"
             )
-        if not isinstance(self.recall, int) or isinstance(self.recall, bool) or self.recall < 0:
+        if not _is_count(self.recall, 0):
             raise ValueError(f"expected recall to be a number of windows, 0 or more, got {self.recall!r}")
 
 
@@ -90,7 +93,9 @@ class Recipe:
     verification: Text = field(default_factory=lambda: Text(windows=3))
 
     def __post_init__(self) -> None:
-        if isinstance(self.schedule, str) and self.schedule not in ("auto", "uniform"):
+        if not isinstance(self.model, str):
+            raise ValueError(f"expected model to be an alias, a folder or a Hub id, got {self.model!r}")
+        if not isinstance(self.schedule, Mapping) and self.schedule not in ("auto", "uniform"):
             raise ValueError(f"expected schedule auto, uniform, a file or a mapping of layers, got {self.schedule!r}")
         if self.maps not in ("auto", "plain"):
             raise ValueError(f"expected maps auto or plain, got {self.maps!r}")
@@ -102,17 +107,20 @@ class Recipe:
             raise ValueError(
                 f"expected bits or memory, got {self.bits} bits and {self.memory} MiB; leave one out (null in a recipe)"
             )
-        if self.bits is not None and not 1 <= self.bits <= 8:
+        if self.bits is not None and not (_is_positive(self.bits) and 1 <= self.bits <= 8):
             raise ValueError(
-                f"expected bits between 1 and 8, got {self.bits}; widths are {BITS} and a schedule averages them"
+                f"expected bits between 1 and 8, got {self.bits!r}; widths are {BITS} and a schedule averages them"
             )
+        for name, text in (("calibration", self.calibration), ("verification", self.verification)):
+            if not isinstance(text, Text):
+                raise ValueError(f"expected {name} to be a mapping of {[f.name for f in fields(Text)]}, got {text!r}")
         if self.verification.recall:
             raise ValueError(
                 f"expected no recall windows in verification, got {self.verification.recall}; it is ordinary text"
             )
-        if self.context is not None and (not isinstance(self.context, int) or self.context < 1):
+        if self.context is not None and not _is_count(self.context, 1):
             raise ValueError(f"expected context to be a number of tokens, or none, got {self.context!r}")
-        if not isinstance(self.repair, int) or isinstance(self.repair, bool) or self.repair < 0:
+        if not _is_count(self.repair, 0):
             raise ValueError(f"expected repair to be a number of swaps, 0 or more, got {self.repair!r}")
         if self.repair and self.schedule != "auto":
             raise ValueError(
@@ -131,6 +139,25 @@ class Recipe:
         if self.schedule == "uniform":
             self.uniform()
         self.config({})
+        self._check_windows()
+
+    def _check_windows(self) -> None:
+        """Text that leaves the exact window, and enough of it to choose on."""
+        exact = self.window + self.sinks + TILE
+        used = [("verification", self.verification)]
+        if self.schedule == "auto":
+            used.append(("calibration", self.calibration))
+        for name, text in used:
+            if text.length <= exact:
+                raise ValueError(
+                    f"expected {name} windows of more than {exact} tokens (window, sinks and a tile), got "
+                    f"{text.length}; shorter text never leaves the exact window"
+                )
+        if self.schedule == "auto" and self.calibration.windows < 3:
+            raise ValueError(
+                f"expected at least 3 calibration windows with schedule auto, got {self.calibration.windows}; two "
+                "thirds give statistics, the rest sensitivities"
+            )
 
     @property
     def limits(self) -> dict[str, float]:
@@ -168,6 +195,10 @@ class Recipe:
         if not isinstance(self.schedule, str):
             data["schedule"] = {int(i): list(pair) for i, pair in self.schedule.items()}
         return yaml.safe_dump(data, sort_keys=False)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_positive(value: object) -> bool:
@@ -284,7 +315,7 @@ def from_mapping(data: Mapping[str, Any]) -> Recipe:
         raise ValueError(f"unknown keys {sorted(unknown)}; expected some of {sorted(known)}")
     values, defaults = dict(data), Recipe(model="")
     for name in ("calibration", "verification"):
-        if name in values:
+        if isinstance(values.get(name), Mapping):
             values[name] = replace(getattr(defaults, name), **values[name])
     if isinstance(values.get("schedule"), Mapping):
         values["schedule"] = read_schedule(values["schedule"])

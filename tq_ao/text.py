@@ -139,10 +139,15 @@ def _pieces(text: str) -> list[str]:
 def _enwiki() -> list[str]:
     gensim = package_folder("gensim")
     if gensim is None:
-        raise TextError("text source 'enwiki' comes with the gensim package: pip install gensim, or give a text file")
+        raise TextError(
+            "text source 'enwiki' comes with the gensim package: pip install gensim (the extra `embedded` of tq_ao has "
+            "it), or give a text file (--calibration)"
+        )
     path = gensim / _DUMP
     if not path.is_file():
-        raise TextError(f"this gensim has no {path.name}: pip install gensim==4.4.0, or give a text file")
+        raise TextError(
+            f"this gensim has no {path.name}: pip install gensim==4.4.0, or give a text file (--calibration)"
+        )
     found = []
     title = ""
     with bz2.open(path) as file:

@@ -10,6 +10,7 @@ from tq_ao.calibration.calibrate import calibrate
 from tq_ao.config import TurboQuantConfig
 from tq_ao.evaluation.decode_kl import evaluate_caches
 from tq_ao.evaluation.evaluator import Evaluator
+from tq_ao.evaluation.metrics import SKIP
 from tq_ao.evaluation.setup import plain_maps
 from tq_ao.evaluation.simulate import LayerPlan
 
@@ -31,3 +32,6 @@ def test_simulated_kl_is_that_of_the_cache(kind, rng):
     maps = model.turboquant.maps
     found = evaluate_caches(model, text[3:], {"ours": lambda: TurboQuantCache(model.config, config, maps)})["ours"]
     assert 0.7 * want.kl < found.kl < 1.4 * want.kl
+    assert (found.tokens, found.chunks) == (want.tokens, want.chunks) == (2 * (260 - SKIP), 2)
+    with pytest.raises(ValueError, match="more than 64 tokens"):
+        evaluate_caches(model, text[:, :64], {"ours": lambda: TurboQuantCache(model.config, config, maps)})

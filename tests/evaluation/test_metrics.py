@@ -8,7 +8,7 @@ import torch
 
 from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.kivi import kivi, min_max
-from tq_ao.evaluation.metrics import score, summarize
+from tq_ao.evaluation.metrics import joined, score, summarize
 from tq_ao.evaluation.setup import plain_maps
 from tq_ao.evaluation.simulate import LayerPlan
 
@@ -38,6 +38,19 @@ def test_summary_pools_windows_and_its_errors_come_from_chunks(rng):
     assert (found.tokens, found.chunks) == (128, 8)
     ratio = torch.cat([(s.nll - s.nll_exact)[0, :-1] for s in scores]).mean().exp().item()
     assert found.ppl_ratio == pytest.approx(ratio, rel=1e-5)
+
+
+def test_pieces_of_a_window_are_no_chunks_of_their_own(rng):
+    ids = torch.randint(0, 13, (2, 96), generator=rng)
+    a, b = torch.randn(2, 2, 96, 13, generator=rng)
+    whole = score(a, b, ids, torch.arange(96))
+    pieces = [score(a[:, at], b[:, at], ids, at) for at in torch.arange(96).split(20)]
+    together = joined(pieces)
+    assert torch.equal(together.positions, whole.positions)
+    torch.testing.assert_close(together.nll_exact, whole.nll_exact, equal_nan=True)
+    found, want = summarize([together], chunk=32), summarize([whole], chunk=32)
+    assert found.chunks == want.chunks == 6 and found.kl_stderr == pytest.approx(want.kl_stderr)
+    assert math.isnan(summarize([score(a[:1], b[:1], ids[:1], torch.arange(96))]).kl_stderr)
 
 
 def test_simulation_is_exact_without_plans_and_worse_with_fewer_bits(rng):

@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
     DeepseekV3Config,
     DynamicCache,
     GPT2Config,
@@ -31,6 +32,7 @@ from transformers import (
 import tq_ao.convert
 from tq_ao import convert_cli as script
 from tq_ao import fold, footprint, generate_cli
+from tq_ao.cache import static_length
 from tq_ao.calibration.calibrate import CalibrationResult
 from tq_ao.calibration.transforms import VALUE_CHOICES
 from tq_ao.codebook import BITS
@@ -38,7 +40,6 @@ from tq_ao.config import TRANSFORMS_FILE, LayerScheme
 from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.metrics import SKIP, score, summarize
 from tq_ao.evaluation.setup import provenance
-from tq_ao.hf import static_length
 from tq_ao.recipe import Recipe, load
 from tq_ao.text import articles, split_articles, windows
 
@@ -554,7 +555,12 @@ def test_names_of_outputs():
         (["--calibration", "EMPTY"], "empty"),
         (["--calibration", "missing.txt"], "missing.txt"),
         (["--json", "nowhere/r.json"], "existing folder"),
-        (["--window", "300"], "never leave the exact window"),
+        (["--window", "300"], "never leaves the exact window"),
+        (["--calibration-windows", "2"], "expected at least 3 calibration windows with schedule auto, got 2"),
+        (["--max-seq-length", "5000"], "expected windows of at most 4096 tokens, what"),
+        (["--device", "nowhere"], "expected a device that this machine has, got 'nowhere'"),
+        (["--device", "mps"], "expected a device of type cpu or cuda, got mps"),
+        (["--output-dir", "."], "cannot be replaced by a finished folder"),
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(flags, message, base, text, tmp_path, capsys):
@@ -644,6 +650,61 @@ def test_an_existing_output_is_not_overwritten(base, text, tmp_path, capsys):
     (tmp_path / "out" / "precious").write_text("x")
     code, out = run(base, text, tmp_path, "--schedule", "uniform")
     assert code == 1 and "exists" in capsys.readouterr().err and (out / "precious").read_text() == "x"
+
+
+def test_an_empty_folder_is_filled_a_link_to_one_too(base, text, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "there")
+    code, out = run(base, text, tmp_path, "--schedule", "uniform")
+    assert code == 0 and out.is_symlink() and (tmp_path / "there" / "config.json").exists()
+    assert f'from_pretrained("{out.as_posix()}"' in (out / "README.md").read_text()
+
+
+def test_a_mount_point_is_refused_before_anything_is_loaded(base, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Path, "is_mount", lambda self: True)
+    assert run(base, text, tmp_path, "--schedule", "uniform")[0] == 1
+    said = capsys.readouterr().err
+    assert "cannot be replaced" in said and "loading" not in said
+
+
+def test_more_than_four_bits_on_average(base, text, tmp_path):
+    assert run(base, text, tmp_path, "--bits", "5.5")[0] == 0
+    assert 5 <= json.loads((tmp_path / "r.json").read_text())["average_bits"] <= 5.5
+
+
+def test_one_chunk_of_text_has_no_standard_error(base, text, tmp_path, capsys):
+    assert run(base, text, tmp_path, "--schedule", "uniform", "--verification-windows", "1")[0] == 0
+    report = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
+    assert report["kl"] > 0 and report["kl_stderr"] is None and report["ppl_rise_stderr"] is None
+    assert "+-" not in capsys.readouterr().out
+
+
+def test_attention_that_cannot_be_exchanged_gets_one_line(smollm2, text, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=64, n_head=2, n_layer=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    for schedule in ("auto", "uniform"):
+        assert run(tmp_path / "bloom", text, tmp_path, "--schedule", schedule)[0] == 1
+        (said,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+        assert "bloom: expected a model whose attention can be exchanged" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--device", "nowhere"], "expected a device that this machine has, got 'nowhere'"),
+        (["--max-new-tokens", "0"], "expected --max-new-tokens to be 1 or more, got 0"),
+        (["--prompt", ""], "expected a --prompt of at least one token, got none"),
+    ],
+)
+def test_mistakes_in_generation_get_one_line(flags, message, base, text, tmp_path, capsys):
+    code, out = run(base, text, tmp_path, "--schedule", "uniform")
+    assert code == 0
+    capsys.readouterr()
+    assert generate_cli.main([str(out), "--prompt", "the sea", "--device", "cpu", *flags]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
 
 
 def test_a_schedule_of_fractions_of_bits_gets_one_line(base, text, tmp_path, capsys):

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from tq_ao import __version__
 from tq_ao.calibration.allocation import Memory, Schedule, Shape, additive_cost, knapsack, offered, smallest
 from tq_ao.calibration.capture import trace, window_start
 from tq_ao.calibration.gain import compensated
@@ -214,7 +215,8 @@ def _budget(bits: float | None, memory: Memory | None) -> float:
 def _fingerprint(model: torch.nn.Module, windows: torch.Tensor, *settings: object) -> list[object]:
     first = next(model.parameters())
     return [
-        type(model).__name__, sum(p.numel() for p in model.parameters()), first.float().sum().item(),
+        __version__, type(model).__name__, sum(p.numel() for p in model.parameters()), str(first.dtype),
+        first.float().sum().item(),
         list(windows.shape), int((windows * torch.arange(1, windows.numel() + 1).view_as(windows)).sum()),
         str(settings),
     ]  # fmt: skip

@@ -59,19 +59,16 @@ def intercept(model: torch.nn.Module, handler: Handler) -> Iterator[None]:
         handler: maps an `AttentionCall` to the attention output [B, Hq, N, D] (`exact` is the identity).
 
     Raises:
-        TypeError: the model does not use transformers' attention interface.
+        ValueError: the model does not use transformers' attention interface.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
+
+    from tq_ao.hf import exchange_attention
 
     AttentionInterface.register(_NAME, _dispatch)
     AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
     before = model.config._attn_implementation
-    model.set_attn_implementation(_NAME)
-    if model.config._attn_implementation != _NAME:
-        raise TypeError(
-            f"{type(model).__name__} does not let its attention function be replaced: expected a model that uses "
-            "transformers' AttentionInterface; calibrate a supported architecture or use a uniform schedule"
-        )
+    exchange_attention(model, _NAME)
     _handlers.append(handler)
     try:
         yield

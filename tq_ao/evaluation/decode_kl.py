@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from tq_ao.cache import TurboQuantCache, cache_argument
-from tq_ao.evaluation.metrics import SKIP, Metrics, TokenScores, score, summarize
+from tq_ao.evaluation.metrics import SKIP, Metrics, TokenScores, joined, score, summarize
 
 
 @torch.no_grad()
@@ -43,8 +43,11 @@ def evaluate_caches(
         name -> Metrics.
 
     Raises:
+        ValueError: windows of no more than `skip` tokens.
         RuntimeError: a TurboQuantCache that holds no packed tokens after the text: nothing would have been measured.
     """
+    if windows.shape[1] <= skip:
+        raise ValueError(f"expected windows of more than {skip} tokens, which are skipped, got {windows.shape[1]}")
     scores: dict[str, list[TokenScores]] = {name: [] for name in make_caches}
     device, name_of_cache = next(model.parameters()).device, cache_argument(model)
     batches = windows.split(rows)
@@ -53,6 +56,7 @@ def evaluate_caches(
         for ids in batches:
             exact: Cache = DynamicCache(config=model.config)
             caches = {name: make() for name, make in make_caches.items()}
+            pieces: dict[str, list[TokenScores]] = {name: [] for name in make_caches}
             for at in steps:
                 piece = ids[:, at : at + chunk].to(device)
                 with reference():
@@ -62,9 +66,10 @@ def evaluate_caches(
                 for name, cache in caches.items():
                     logits = model(piece, **{name_of_cache: cache}, use_cache=True).logits
                     if kept.any():
-                        scores[name].append(score(wanted[:, kept], logits[:, kept], ids, positions[kept]))
+                        pieces[name].append(score(wanted[:, kept], logits[:, kept], ids, positions[kept]))
                 bar.update()
             for name, cache in caches.items():
+                scores[name].append(joined(pieces[name]))
                 if isinstance(cache, TurboQuantCache):
                     prove_packed(cache, name)
     return {name: summarize(part) for name, part in scores.items()}

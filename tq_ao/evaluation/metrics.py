@@ -3,6 +3,7 @@
 Standard errors are over chunks of text, not tokens: errors of neighbouring tokens are correlated.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ class Metrics:
         kl: mean KL(exact || changed) of the next-token distribution, in nats; kl_stderr over chunks.
         ppl, ppl_exact: perplexities on the text.
         ppl_ratio: their quotient; ppl_ratio_stderr over chunks.
-        top1: share of positions where both name the same most likely token; top1_stderr over chunks.
+        top1: share of positions where both name the same most likely token.
         tokens, chunks: how many of each went in.
     """
 
@@ -30,7 +31,6 @@ class Metrics:
     ppl_ratio: float
     ppl_ratio_stderr: float
     top1: float
-    top1_stderr: float
     tokens: int
     chunks: int
 
@@ -69,8 +69,23 @@ def score(exact: torch.Tensor, changed: torch.Tensor, ids: torch.Tensor, positio
     return TokenScores(positions.cpu(), kl.cpu(), nll.cpu(), nll_exact.cpu(), top1.cpu())
 
 
+def joined(pieces: Sequence[TokenScores]) -> TokenScores:
+    """The scores of the same windows at further and further positions, as one."""
+    fields = zip(*((s.positions, s.kl, s.nll, s.nll_exact, s.top1) for s in pieces), strict=True)
+    return TokenScores(*(torch.cat(field, -1) for field in fields))
+
+
 def summarize(scores: list[TokenScores], chunk: int = CHUNK) -> Metrics:
-    """Pool the scores of windows; chunks of `chunk` positions of one window are the units of the standard errors."""
+    """Pool the scores of windows; chunks of `chunk` positions of one window are the units of the standard errors.
+
+    Args:
+        scores: one for each batch of windows, all of its positions in it (see `joined`): what is apart here counts as
+            independent.
+        chunk: positions.
+
+    Returns:
+        Metrics; with a single chunk the standard errors are NaN.
+    """
     sums = []
     for s in scores:
         owner = s.positions // chunk
@@ -95,7 +110,6 @@ def summarize(scores: list[TokenScores], chunk: int = CHUNK) -> Metrics:
         ppl_ratio=ratio,
         ppl_ratio_stderr=ratio * _stderr(t[:, 4] - t[:, 5], t[:, 3]),
         top1=top1 / n,
-        top1_stderr=_stderr(t[:, 2], t[:, 0]),
         tokens=int(n),
         chunks=len(sums),
     )

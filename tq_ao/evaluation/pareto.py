@@ -113,15 +113,19 @@ def pareto(
     for other in others:
         measured = evaluate.measure(other.attention)
         add(other.method, other.bits, other.stored_bits, measured, sinks=other.sinks)
-    for method, reason in left_out.items():
-        report(f"{method:34s} left out: {reason}")
     calibrated = calibrate_once(setup, options, progress)
     if len(setup.plain) >= 4:
-        weights = sensitivity(setup.model, setup.calibration[:1], setup.plain, "weight", bits=(3,))
-        by_weight = {i: weights[i, "key", 3] for i in setup.plain}
-        ours("25/50/25 by k_proj weight MSE", ranked(by_weight), setup.plain)
+        by_weight = "25/50/25 by k_proj weight MSE"
+        try:
+            weights = sensitivity(setup.model, setup.calibration[:1], setup.plain, "weight", bits=(3,))
+        except ValueError as error:  # of models with one projection for q, k and v
+            left_out[by_weight] = str(error)
+        else:
+            ours(by_weight, ranked({i: weights[i, "key", 3] for i in setup.plain}), setup.plain)
         ours("25/50/25 at random", shuffled(setup.plain, options.seed), setup.plain)
         ours("first and last layers protected", first_last(setup.shape, 3.0), setup.plain)
+    for method, reason in left_out.items():
+        report(f"{method:34s} left out: {reason}")
     for bits in (2, 3, 4, 8):  # the last shows what a model in bfloat16 makes of a change of any size
         ours("uniform, calibrated", uniform(setup.shape, bits), calibrated.maps)
     tuning = None

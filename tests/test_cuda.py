@@ -74,6 +74,30 @@ def test_generate_compiles_decode_and_padded_rows_are_their_own_runs(cuda):
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
+def test_a_chat_goes_on_beyond_the_static_cache_of_its_last_turn(cuda):
+    """The buffers move, so the compiled step has to be another."""
+    model = built(cuda, num_attention_heads=8, num_key_value_heads=2, head_dim=64)
+    quantize_kv_(model, TurboQuantConfig(bits=4))
+    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    text, caches, steps = torch.randint(2, 512, (1, 300), device=cuda), {"static": None, "dynamic": None}, 0
+    for turn in range(3):
+        outs = {}
+        for kind, cache in caches.items():
+            given = {"cache_implementation": kind} if cache is None else {tiny.CACHE: cache}
+            mask = torch.ones_like(text)
+            outs[kind] = model.generate(text, attention_mask=mask, max_new_tokens=40, **given, **options)
+        static, dynamic = outs["static"], outs["dynamic"]
+        steps += follow(static, 0, dynamic, 0)
+        same = (static.sequences[0] == dynamic.sequences[0]).long().cumprod(0).sum().item()
+        for kind, out in outs.items():
+            caches[kind] = out[tiny.CACHE]
+            if held := int(caches[kind].get_seq_length()) - min(same, out.sequences.shape[1] - 1):
+                caches[kind].crop(-held)  # what they do not agree on is taken back
+        text = torch.cat([static.sequences[:, :same], torch.randint(2, 512, (1, 150), device=cuda)], 1)
+        assert caches["static"].is_compileable and (turn == 0) == (caches["static"].get_max_length() == 384)
+    assert steps > 10
+
+
 def test_layers_prepare_their_maps_once_and_encode_the_same_codes(cuda, rng, calibrated):
     maps = layer_state.maps(2, 128, rng, feedback=True)
     maps = replace(maps, key=maps.key.bfloat16().float(), value=maps.value.bfloat16().float())  # in one part

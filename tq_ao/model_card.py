@@ -81,7 +81,7 @@ def _front_matter(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dataset(text: str) -> str:
-    """Identifier for the index: the source's name, or "text" for a file of the user's own."""
+    """Identifier for the index: the source's name, or "text" where that is no word."""
     source = text.split(",")[0].strip()
     return source if re.fullmatch(r"[\w.-]+", source) else "text"
 

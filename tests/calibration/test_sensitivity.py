@@ -10,14 +10,12 @@ import tiny
 import torch
 
 from tq_ao.calibration.calibrate import calibrate
-from tq_ao.calibration.decoders import refit
 from tq_ao.calibration.gain import SHARE, compensated, gain
 from tq_ao.calibration.journal import Journal
 from tq_ao.calibration.sensitivity import METRICS, sensitivity
 from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.ranking import correlations, spearman
 from tq_ao.evaluation.setup import plain_maps
-from tq_ao.evaluation.simulate import LayerPlan
 from tq_ao.footprint import maps_bytes, memory_budget
 
 
@@ -61,17 +59,6 @@ def test_every_metric_rounds_with_the_feedback_of_each_side(metric, windows, rng
         got = table(replace(fed, **{f"{other}_feedback": None for other in ("key", "value") if other != side}))
         changed = {place for place in got if got[place] != bare[place]}
         assert changed == {(1, side, 3)}
-
-
-def test_refitted_decoders_are_those_of_the_codes_with_feedback(windows, rng):
-    model, fed = tiny.model(), layer_state.maps(2, 32, rng, feedback=True)
-    for side, name in (("key", "query"), ("value", "output")):
-        bare = replace(fed, **{f"{side}_feedback": None})
-        found = [
-            getattr(refit(model, windows[:1], {1: LayerPlan(2, 2, m)}, window=16, sinks=2, sides=(side,))[1], name)
-            for m in (fed, bare)
-        ]
-        assert not torch.equal(*found)
 
 
 def test_gains_are_halved_where_there_is_feedback(rng):

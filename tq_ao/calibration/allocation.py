@@ -107,9 +107,9 @@ def offered(bits: Sequence[int], exact: bool) -> list[tuple[int, int]]:
     return [(k, v) for k in bits for v in bits] + ([(EXACT, EXACT)] if exact else [])
 
 
-def smallest(shape: Shape, pairs: Sequence[tuple[int, int]], *, stored: bool = False) -> float:
+def smallest(shape: Shape, pairs: Sequence[tuple[int, int]]) -> float:
     """The smallest budget that some schedule of these pairs fits."""
-    return shape.needed(sum(min(shape.size(i, *pair, stored=stored) for pair in pairs) for i in shape.layers))
+    return shape.needed(sum(min(shape.size(i, *pair, stored=False) for pair in pairs) for i in shape.layers))
 
 
 def rounded_up(budget: float) -> str:

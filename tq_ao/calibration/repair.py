@@ -35,7 +35,6 @@ def repair(
     evaluations: int,
     bits: Sequence[int] = (1, 2, 3, 4),
     start: float | None = None,
-    stored: bool = False,
     report: Callable[[str, float, bool], None] | None = None,
 ) -> Repair:
     """Local search by measured swaps until `evaluations` measurements are spent or no move is left.
@@ -44,7 +43,7 @@ def repair(
         schedule: where to start, within the budget.
         evaluate: measured loss of a schedule (KL on calibration text, the same text every time).
         costs: additive costs of every (layer, side, bits).
-        shape, budget, stored: as in `allocation.knapsack`.
+        shape, budget: as in `allocation.knapsack`.
         evaluations: how often `evaluate` may be called (the starting point included unless `start` is given).
         start: measured loss of `schedule`, if known.
         report: called with (move, value, accepted) after each measurement.
@@ -61,7 +60,7 @@ def repair(
     scale = start / max(additive_cost(costs, schedule), 1e-30)  # measured per predicted unit
     trials: list[tuple[str, float, bool]] = []
     for _ in range(evaluations):
-        proposal = _propose(best, costs, shape, budget, tuple(bits), stored, trust, tried)
+        proposal = _propose(best, costs, shape, budget, tuple(bits), trust, tried)
         if proposal is None:
             break
         move, candidate, predicted, places = proposal
@@ -103,7 +102,7 @@ def _steps(schedule: Schedule, costs: Costs, bits: tuple[int, ...], trust: dict[
                 yield place, new, (costs[i, side, new] - costs[i, side, width]) * trust[place], new > width
 
 
-def _propose(schedule, costs, shape, budget, bits, stored, trust, tried):  # type: ignore[no-untyped-def]
+def _propose(schedule, costs, shape, budget, bits, trust, tried):  # type: ignore[no-untyped-def]
     """The untried exchange within the budget with the best predicted change, or None."""
     steps = list(_steps(schedule, costs, bits, trust))
     ups, downs = [s for s in steps if s[3]], [s for s in steps if not s[3]]
@@ -113,7 +112,7 @@ def _propose(schedule, costs, shape, budget, bits, stored, trust, tried):  # typ
             if up == down or (best is not None and gain + loss >= best[2]):
                 continue
             candidate = _moved(_moved(schedule, up, up_width), down, down_width)
-            if _key(candidate) in tried or shape.total(candidate, stored=stored) > room:
+            if _key(candidate) in tried or shape.total(candidate) > room:
                 continue
             move = f"{up[0]}.{up[1]} -> {up_width}, {down[0]}.{down[1]} -> {down_width}"
             best = (move, candidate, gain + loss, (up, down))

@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 from tq_ao.calibration.capture import AttentionCall, Trace
 from tq_ao.evaluation.simulate import row_blocks, softcapped, softmax_with_sink
 
-WEIGHTINGS = ("tokens", "attention", "fisher")
 PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")  # what models call W_o
 
 

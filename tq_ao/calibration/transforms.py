@@ -57,18 +57,6 @@ def balance(stored: torch.Tensor, reader: torch.Tensor, ridge: float = RIDGE) ->
     return a / torch.exp(one_by_one(torch.logdet, a) / a.shape[-1])[:, None, None]
 
 
-def expected_error(stored: torch.Tensor, reader: torch.Tensor, a: torch.Tensor | None = None) -> torch.Tensor:
-    """tr(M^-1 reader) tr(M stored) with M = A A (identity if None): [H]."""
-    if a is None:
-        return _trace(stored.double()) * _trace(reader.double())
-    inverse = one_by_one(torch.linalg.inv, a)
-    return _trace(a @ stored.double() @ a) * _trace(inverse @ reader.double() @ inverse)
-
-
-def _trace(s: torch.Tensor) -> torch.Tensor:
-    return s.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
 def key_maps(statistics: LayerStatistics, variant: str, rotation: torch.Tensor) -> Side:
     """Maps of a variant in KEY_VARIANTS, float32; rotation is [H, D, D].
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from tq_ao.calibration.allocation import Schedule, knapsack
 from tq_ao.calibration.calibrate import collect
-from tq_ao.calibration.decoders import refit
 from tq_ao.calibration.gain import gain
 from tq_ao.calibration.sensitivity import sensitivity
 from tq_ao.calibration.transforms import KEY_VARIANTS, VALUE_VARIANTS
 from tq_ao.calibration.variants import candidates, choose_variants
 from tq_ao.config import EXACT
+from tq_ao.evaluation.decoders import refit
 from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.setup import Setup, provenance
 from tq_ao.evaluation.simulate import LayerPlan

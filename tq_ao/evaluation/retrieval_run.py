@@ -60,7 +60,7 @@ def measure(
     """Ask a model for facts in prompts of several lengths.
 
     Args:
-        name: anything `tq_ao.models.resolve` knows; a converted model is also asked with its own schedule.
+        name: anything `tq_ao.models.resolve` knows; a model with calibrated maps is also asked with its own schedule.
         lengths: tokens of the prompts.
         counts: passkey prompts of each length, and twice as many as there are key-value prompts.
         text: what the facts are hidden in; of "enwiki" the articles that a conversion does not calibrate on.

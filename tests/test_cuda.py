@@ -73,7 +73,6 @@ def test_generate_compiles_decode_and_padded_rows_are_their_own_runs(cuda):
     assert sum(follow(out, row, eager, row) for row in range(3)) + follow(out, 1, alone, 0) > 20
 
 
-@pytest.mark.parametrize("calibrated", [False, True])
 def test_a_chat_goes_on_beyond_the_static_cache_of_its_last_turn(cuda):
     """The buffers move, so the compiled step has to be another."""
     model = built(cuda, num_attention_heads=8, num_key_value_heads=2, head_dim=64)
@@ -98,6 +97,7 @@ def test_a_chat_goes_on_beyond_the_static_cache_of_its_last_turn(cuda):
     assert steps > 10
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
 def test_layers_prepare_their_maps_once_and_encode_the_same_codes(cuda, rng, calibrated):
     maps = layer_state.maps(2, 128, rng, feedback=True)
     maps = replace(maps, key=maps.key.bfloat16().float(), value=maps.value.bfloat16().float())  # in one part

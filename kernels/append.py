@@ -1,7 +1,8 @@
 """Append tokens to a layer's cache: exact to sinks and ring, packed once they leave the window.
 
-Up to STEP_TOKENS tokens are one launch (`step_kernel`); more are three: `encode` for keys and for values, and then
-`write_kernel`.  Where each token goes is decided on the device from `length` and `start`.
+Up to STEP_TOKENS tokens are one launch (`step_kernel`); more are `encode` for keys and for values (a launch each, or
+two where Gluon encodes whole blocks) and then `write_kernel`.  Where each token goes is decided on the device from
+`length` and `start`.
 """
 
 import torch
@@ -155,6 +156,8 @@ def append_(
     """
     batch, heads, q, dim = k.shape
     capacity, sinks = k_recent.shape[2], k_sinks.shape[2]
+    if not k.numel():
+        return
     if capacity < window + 2 * TILE:
         raise ValueError(f"expected a ring of at least window + 64 = {window + 64} slots, got {capacity}; enlarge it")
     if k_sinks.stride() != v_sinks.stride() or k_recent.stride() != v_recent.stride():
@@ -169,7 +172,7 @@ def append_(
         check(key_operands, key_shift, key_feedback, "key")
     if value_operands is not None:
         check(value_operands, value_shift, value_feedback, "value")
-    k, v = unit_stride(k), unit_stride(v)
+    k, v, start = unit_stride(k), unit_stride(v), start.contiguous()
     key = key_map.contiguous(), key_shift.contiguous(), contiguous(key_feedback)
     value = value_map.contiguous(), value_shift.contiguous(), contiguous(value_feedback)
     padded = padded_dim(dim)

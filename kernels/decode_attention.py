@@ -19,7 +19,8 @@ import triton
 from .combine import combine_kernel
 from .decode_portable import portable_splits_kernel
 from .encode import launches_early, operand_type
-from .query import prepare_kernel
+from .operands import contiguous
+from .query import check_queries, prepare_kernel
 
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 512
@@ -153,6 +154,8 @@ def decode_attention(
 
     Args:
         q: [B, Hq, 1, D] in bfloat16, float16 or float32.
+        v_scales: up to 4094 for "gluon", which multiplies probabilities by them in float16; beyond, the result is
+            not finite.
         v_sinks, v_recent: entries up to 65504 at head_dim above 64 if they are 16-bit: "gluon" keeps partial outputs in
             float16.
         k_bits, v_bits: code widths of k_codes and v_codes.
@@ -163,12 +166,16 @@ def decode_attention(
         from run to run, unless `torch.use_deterministic_algorithms` is on.
 
     Raises:
-        ValueError: more than one query token, a layout the kernels do not read, or an `impl` that does not run here.
+        ValueError: more than one query token, queries of another number of rows or heads, a layout the kernels do not
+            read, or an `impl` that does not run here.
     """
     batch, q_heads, q_len, dim = q.shape
     heads, tiles = k_codes.shape[1:3]
     if q_len != 1:
         raise ValueError(f"expected one query token per row, got {q_len}; use extend_attention")
+    check_queries(q, k_codes)
+    if not batch:
+        return torch.empty_like(q)
     if impl not in ("auto", "gluon", "triton"):
         raise ValueError(f"expected impl 'auto', 'gluon' or 'triton', got {impl!r}")
     obstacle = _gluon_obstacle(q.device)
@@ -195,6 +202,7 @@ def decode_attention(
     pairs = ((k_sinks, v_sinks), (k_recent, v_recent))
     if any(k.stride() != v.stride() and k.numel() for k, v in pairs):
         raise ValueError("expected the same strides for the keys and the values of sinks and recent tokens")
+    start, sink_logits = start.contiguous(), contiguous(sink_logits)
     maps = [x.contiguous() for x in (query_map, key_shift, output_map, value_shift)]
     query_map, key_shift, output_map, value_shift = maps
 
@@ -243,6 +251,7 @@ def decode_attention(
     pdl = use_gluon and launches_early(device)
     exact_programs = batch * heads * triton.cdiv(group, 16) * chunks if separate else 0
     unit = 127.0 if k_bits == 8 else 1.0
+    precision = "ieee" if torch.version.hip else "tf32" if half_precision else "tf32x3"
     blocks = heads * triton.cdiv(batch * group, 16)
     columns = map_columns(dim, q.dtype, blocks, _multiprocessors(device))
     prepare_kernel[(blocks * (dim // columns) + exact_programs,)](
@@ -250,7 +259,7 @@ def decode_attention(
         exact_ml, q.stride(0), q.stride(1), *sink_strides, *recent_strides, batch, heads, counters, sinks, window,
         capacity, chunks, factor, 1.0 / unit, cap, G=group, D=dim, DP=padded, COLUMNS=columns, OPERAND=operand_type(),
         SOFTCAP=softcap > 0, EXACT=separate, CHUNK=chunk if separate else TILE,
-        PRECISION="tf32" if half_precision else "tf32x3", PDL=pdl, num_warps=8 if separate else 4,
+        PRECISION=precision, PDL=pdl, num_warps=8 if separate else 4,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     if use_gluon:

@@ -18,8 +18,10 @@ import triton.language as tl
 from .encode import WIDE, launches_early, padded_dim, shared_kib
 from .levels import level_unit, levels_asm, unpack
 from .mapped import load_map, map_operands, two_parts
+from .operands import contiguous
+from .query import check_queries
 
-LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -78,8 +80,8 @@ def rotate_kernel(
 def _cap(s, softcap, CAP: tl.constexpr):
     """Scores -> log2 units, after the logit soft-cap if there is one."""
     if CAP:
-        s = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 * 1.4426950408889634 / softcap))))
-    return s * 1.4426950408889634
+        s = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 * LOG2E / softcap))))
+    return s * LOG2E
 
 
 @triton.jit
@@ -159,8 +161,8 @@ def packed_kernel(
     row_factor = tl.load(unit + at, mask=ok, other=0.0) * (scale * k_factor)
     row_bias = tl.load(bias + at, mask=ok, other=0.0) * scale
     if not CAP:
-        row_factor *= 1.4426950408889634
-        row_bias *= 1.4426950408889634
+        row_factor *= LOG2E
+        row_bias *= LOG2E
     k_words += b * kw_sb + h * kw_sh
     v_words += b * vw_sb + h * vw_sh
     k_scales += b * ks_sb + h * ks_sh
@@ -304,7 +306,7 @@ def merge_kernel(
     top = tl.load(lse_exact + at, mask=ok, other=float("-inf"))
     exact = top
     if LOGITS:
-        logit = tl.load(sink_logits + hq).to(tl.float32) * 1.4426950408889634
+        logit = tl.load(sink_logits + hq).to(tl.float32) * LOG2E
         top = tl.maximum(top, logit)
     for s in range(splits):
         top = tl.maximum(top, tl.load(lse_packed + s * split + at, mask=ok, other=float("-inf")))
@@ -339,11 +341,19 @@ def merge_kernel(
         tl.store(out + at[:, None] * D + column[None, :], o.to(out.dtype.element_ty), mask=wanted)
 
 
-def operands(dtype: torch.dtype, interpreted: bool) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+def operand_types(dtype: torch.dtype, interpreted: bool) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
     """Dot operand types for packed keys, packed values and exact tokens.  The interpreter's bf16 product is wrong."""
     if dtype == torch.float32 or (interpreted and dtype == torch.bfloat16):
         return torch.float32, torch.float32, torch.float32
     return torch.float16, dtype, dtype
+
+
+def product_precision(dtype: torch.dtype, dim: int, shared: int, tf32: bool) -> str:
+    """Triton's input_precision of products; float32 has three tf32 parts where they fit `shared` KiB.
+
+    tf32: whether the chip multiplies them.
+    """
+    return "tf32x3" if dtype == torch.float32 and tf32 and (padded_dim(dim) <= 128 or shared >= 160) else "ieee"
 
 
 _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -391,9 +401,12 @@ def extend_attention(
     Arguments and result are those of `reference.attention`; `key_book` and `value_book` have a field bits.
 
     Raises:
-        ValueError: strides that a kernel cannot follow.
+        ValueError: queries of another number of rows or heads, or strides that a kernel cannot follow.
     """
     batch, q_heads, q_len, dim = q.shape
+    check_queries(q, k_codes)
+    if not q.numel():
+        return torch.empty_like(q)
     heads, capacity, sinks = k_codes.shape[1], k_recent.shape[2], k_sinks.shape[2]
     group = q_heads // heads
     if k_sinks.stride() != v_sinks.stride() or k_recent.stride() != v_recent.stride():
@@ -401,10 +414,10 @@ def extend_attention(
     if any(t.stride(-1) != 1 for t in (k_codes, v_codes, k_scales, v_scales)):
         raise ValueError("expected codes and scales contiguous along their last dimension; call .contiguous() on them")
     interpreted = triton.knobs.runtime.interpret
-    k_type, v_type, exact_type = operands(q.dtype, interpreted)
+    k_type, v_type, exact_type = operand_types(q.dtype, interpreted)
     asm = not interpreted and torch.version.hip is None
     k_bits, v_bits = key_book.bits, value_book.bits
-    precision = "tf32x3" if q.dtype == torch.float32 and not interpreted else "ieee"
+    precision = product_precision(q.dtype, dim, shared_kib(q.device), tf32=asm)
     split_operand = tl.float32 if interpreted else tl.bfloat16
     padded = padded_dim(dim)
     cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
@@ -413,6 +426,7 @@ def extend_attention(
     k_words, v_words = k_codes.view(torch.int32), v_codes.view(torch.int32)
     query_map, output_map = query_map.contiguous(), output_map.contiguous()
     key_shift, value_shift = key_shift.contiguous(), value_shift.contiguous()
+    start, sink_logits = start.contiguous(), contiguous(sink_logits)
 
     def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)

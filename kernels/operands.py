@@ -120,8 +120,8 @@ def padded_dim(dim: int) -> int:
     return max(32, triton.next_power_of_2(dim))
 
 
-def contiguous(feedback: torch.Tensor | None) -> torch.Tensor | None:
-    return None if feedback is None else feedback.contiguous()
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def prepare(map: torch.Tensor, shift: torch.Tensor, role: str, feedback: torch.Tensor | None = None) -> torch.Tensor:

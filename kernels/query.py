@@ -1,4 +1,4 @@
-"""Query preparation and, for wide windows, the exact part of a decode step: one launch of two kinds of programs.
+"""Query preparation and, for windows that the splits do not read, the exact part of a decode step: one launch.
 
 For every query head x of a row (log2 domain, c = scale * log2(e); with a soft-cap also times 2 / cap):
 
@@ -16,6 +16,7 @@ Under programmatic dependent launch (PDL) this launch begins while the one befor
 once that has: they wait where they need the queries.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -38,7 +39,7 @@ def packed_count(n, sinks, window, capacity):
 def _prepare(
     pid, q, query_map, key_shift, rotated, bias, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, OPERAND: tl.constexpr,
-    PDL: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Map 16 queries of KV head pid % heads to dimensions COLUMNS * (pid // heads % (D / COLUMNS)) and on."""
     PARTS: tl.constexpr = D // COLUMNS
@@ -71,7 +72,8 @@ def _prepare(
         y = tl.dot(x.to(OPERAND), m_low, input_precision="ieee")
         y = tl.dot(x.to(OPERAND), m_high, y, input_precision="ieee")
     else:
-        y = tl.dot(x, part_map, input_precision="tf32x3")
+        EXACTLY: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32x3"
+        y = tl.dot(x, part_map, input_precision=EXACTLY)
     row = (b * heads + h) * G + g
     tl.store(rotated + row[:, None] * D + column[None, :], y * (factor * inverse_unit), mask=live[:, None])
     if part == 0:
@@ -148,14 +150,15 @@ def prepare_kernel(
 
     rotated: float32 [B * Hq, D]; bias: float32 [B * Hq]; exact_o: float32 [B * H, chunks, G, D]; exact_ml: float32
     [B * H, chunks, G, 2]; claims: int32 [counters], set to zero.
-    factor = scale * log2(e), times 2 / cap under a soft-cap.
+    factor = scale * log2(e), times 2 / cap under a soft-cap.  PRECISION: of products of exact tokens, "tf32" for 16-bit
+    ones, "tf32x3", or "ieee", for chips without tf32, which is then that of the map, too.
     """
     pid = tl.program_id(0)
     maps = heads * ((batch * G + 15) // 16) * (D // COLUMNS)
     if pid < maps:
         _prepare(
             pid, q, query_map, key_shift, rotated, bias, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
-            G, D, DP, COLUMNS, OPERAND, PDL,
+            G, D, DP, COLUMNS, OPERAND, PRECISION, PDL,
         )  # fmt: skip
         index = pid.to(tl.int64) * 128 + tl.arange(0, 128)  # enough: one serves 8 heads of a row or more
         tl.store(claims + index, 0, mask=index < counters)
@@ -168,3 +171,12 @@ def prepare_kernel(
             stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
             heads, sinks, window, capacity, chunks, factor, cap, G, D, DP, SOFTCAP, CHUNK, PRECISION,
         )  # fmt: skip
+
+
+def check_queries(q: torch.Tensor, k_codes: torch.Tensor) -> None:
+    """Raise ValueError unless queries [B, Hq, q_len, D] are for the rows and KV heads of k_codes [B, H, ...]."""
+    if q.shape[0] != k_codes.shape[0] or q.shape[1] % k_codes.shape[1]:
+        raise ValueError(
+            f"expected queries of {k_codes.shape[0]} rows and a multiple of {k_codes.shape[1]} heads, as in the cache, "
+            f"got {tuple(q.shape[:2])}"
+        )

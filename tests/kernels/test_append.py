@@ -86,6 +86,19 @@ def test_append_equals_the_reference(
     assert got[1][0, :, packed:].isnan().all()
 
 
+def test_rows_of_a_larger_cache_and_nothing_to_append(rng: torch.Generator) -> None:
+    """They leave `start` strided."""
+    maps = layer_state.maps(2, 64, rng).to(DEVICE)
+    k, v = (layer_state.tokens(2, 2, 120, 64, rng).to(DEVICE) for _ in range(2))
+    start = torch.tensor([0, 99, 31, 99], device=DEVICE)[::2]
+    got, want = (layer_state.empty_cache(tokens=120, device=DEVICE) for _ in range(2))
+    chunks = [0, 100, 0, 1, 19]
+    run_append(append.append_, got, k, v, chunks, start, maps, 32, codebook(3), codebook(4))
+    run_append(reference.append_, want, k, v, chunks, start, maps, 32)
+    assert all(torch.equal(a, b) for a, b in zip(got[4:], want[4:], strict=True))
+    layer_state.assert_same_tiles(got[:2], want[:2], 64, "key")
+
+
 def test_tiles_beyond_the_buffer_are_dropped(rng: torch.Generator) -> None:
     maps = layer_state.maps(1, 64, rng).to(DEVICE)
     k = layer_state.tokens(1, 1, 200, 64, rng).to(DEVICE)
@@ -119,22 +132,26 @@ def test_errors_say_what_to_do(rng: torch.Generator) -> None:
             append.append_(*layer_state.empty_cache(), k, k, *place, 32, *books, None, None, *given)
 
 
-def test_operands_made_ahead_change_nothing(rng: torch.Generator) -> None:
-    maps = layer_state.maps(2, 64, rng, feedback=True).to(DEVICE)
-    maps = replace(maps, key=maps.key.bfloat16().float(), value=maps.value.bfloat16().float(), value_feedback=None)
-    k, v = (layer_state.tokens(2, 2, 300, 64, rng).to(DEVICE) for _ in range(2))
-    key = operands.prepare(maps.key, maps.key_shift, "key", maps.key_feedback)
-    value = operands.prepare(maps.value, maps.value_shift, "value")
-    start = torch.tensor([0, 9], device=DEVICE)
-    states = []
-    for ahead in ((), (key, value)):
-        states.append(layer_state.empty_cache(tokens=300, device=DEVICE))
+def test_operands_are_what_whole_blocks_are_multiplied_by(rng: torch.Generator) -> None:
+    """Those of other maps make the codes of other maps."""
+    one, other = (
+        replace(maps, key=maps.key.bfloat16().float(), value=maps.value.bfloat16().float(), value_feedback=None)
+        for maps in (layer_state.maps(2, 64, rng, feedback=True).to(DEVICE) for _ in range(2))
+    )
+    k, v = (layer_state.tokens(2, 2, 168, 64, rng).to(DEVICE) for _ in range(2))
+    key = operands.prepare(other.key, other.key_shift, "key", other.key_feedback)
+    value = operands.prepare(other.value, other.value_shift, "value")
+    start = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    got, want = (layer_state.empty_cache(tokens=168, device=DEVICE) for _ in range(2))
 
-        def step(*args, ahead=ahead):
-            append.append_(*args, *ahead)
+    def step(*args):
+        append.append_(*args, key, value)
 
-        run_append(step, states[-1], k, v, [260, 1, 39], start, maps, 32, codebook(3), codebook(4))
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*states, strict=True))
+    # 132 tokens leave the window: a block of four tiles.
+    run_append(step, got, k, v, [168], start, one, 32, codebook(3), codebook(4))
+    run_append(reference.append_, want, k, v, [168], start, other, 32)
+    layer_state.assert_same_tiles(got[:2], want[:2], 64, "key", feedback=True)
+    layer_state.assert_same_tiles(got[2:4], want[2:4], 64, "value")
 
 
 def test_append_in_a_cuda_graph_follows_the_length_on_the_device(cuda: torch.device, rng: torch.Generator) -> None:

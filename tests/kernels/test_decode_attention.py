@@ -313,6 +313,36 @@ def test_splits_share_exact_tokens_and_steps_evenly(seed: int) -> None:
             assert max(shares[:chunks], default=0) <= 1
 
 
+def test_plans_leave_no_exact_token_without_a_split(seed: int) -> None:
+    """Of any shape: a chunk each for the first splits, none more than a split adds up exactly, none for nothing."""
+    from tq_ao.kernels.decode_attention import MAX_SPLIT_TOKENS, configure, plan
+
+    draw = random.Random(seed)
+    for _ in range(3000):
+        config = configure(draw.choice([32, 64, 96, 128, 160, 256]), draw.randint(1, 4))
+        programs, tiles = int(2 ** draw.uniform(0, 16)), int(2 ** draw.uniform(0, 15)) - draw.randint(0, 1)
+        exact = draw.choice([0, 1, draw.randint(1, 400), draw.randint(1, 5000)])
+        splits, chunk = plan(programs, tiles, exact, draw.choice([80, 132, 148]) * config.resident, config)
+        assert splits >= 1 and chunk % TILE == 0 and chunk >= config.chunk
+        assert -(-exact // chunk) <= splits
+        assert tiles * TILE / splits <= MAX_SPLIT_TOKENS
+
+
+@pytest.mark.parametrize("change", ["float32", "mixed", "misaligned", "strides"])
+def test_windows_that_gluon_does_not_read(change: str) -> None:
+    from tq_ao.kernels.decode_attention import _readable_by_gluon as readable
+
+    exact = [torch.zeros(2, 2, 32, 64, dtype=torch.bfloat16) for _ in range(4)]
+    assert readable(*exact)
+    exact[2] = {
+        "float32": exact[2].float(),
+        "mixed": exact[2].half(),
+        "misaligned": torch.zeros(2 * 2 * 32 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 2, 32, 64),
+        "strides": torch.zeros(2, 2 * 32 * 64 + 4, dtype=torch.bfloat16)[:, 4:].unflatten(1, (2, 32, 64)),
+    }[change]
+    assert not readable(*exact)
+
+
 @pytest.mark.parametrize("impl", PATHS)
 def test_capacity_beyond_the_length(impl: str, rng: torch.Generator) -> None:
     from tq_ao.kernels.decode_attention import decode_attention
@@ -322,14 +352,16 @@ def test_capacity_beyond_the_length(impl: str, rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("impl", PATHS)
-def test_strided_maps(impl: str, rng: torch.Generator) -> None:
-    """Copied by the launch before the first of ours."""
+def test_strided_vectors_and_maps(impl: str, rng: torch.Generator) -> None:
+    """Copied by the launch before the first of ours.  Rows taken out of a larger cache leave `start` strided."""
     from tq_ao.kernels.decode_attention import decode_attention
 
-    case = Case(lengths=(140, 90), heads=2)
+    case = Case(lengths=(140, 90), heads=2, sink_logits=True)
     args = make(case, rng)
     args["query_map"] = args["query_map"].mT.contiguous().mT
     args["key_shift"] = args["key_shift"][:1].expand(2, -1)
+    args["sink_logits"] = args["sink_logits"].repeat_interleave(3)[::3]
+    args["start"] = args["start"].repeat_interleave(2)[::2]
     assert error(case, args, decode_attention, impl) < (1e-3 if impl == "gluon" else 3e-5)
 
 
@@ -392,6 +424,20 @@ def test_errors(rng: torch.Generator) -> None:
         decode_attention(**args | {"q": args["q"].expand(-1, -1, 2, -1)})
     with pytest.raises(ValueError, match="expected impl"):
         decode_attention(**args, impl="cuda")
+    queries = {"q": torch.zeros(1, 5, 1, 64, device=args["q"].device)}
+    two = {name: args[name].expand(-1, 2, -1, -1) for name in ("k_codes", "k_scales", "v_codes", "v_scales")}
+    with pytest.raises(ValueError, match=r"of 1 rows and a multiple of 2 heads, as in the cache, got \(1, 5\)"):
+        decode_attention(**args | queries | two)
+    with pytest.raises(ValueError, match=r"of 1 rows and a multiple of 1 heads, as in the cache, got \(2, 4\)"):
+        decode_attention(**args | {"q": args["q"].expand(2, -1, -1, -1)})
+    rows = {name: args[name].expand(70_000, -1, -1, -1) for name in ("q", *two)}
+    with pytest.raises(ValueError, match="at most 65535 pairs of row and KV head, got 70000 x 1; split the batch"):
+        decode_attention(**args | rows)
+    many = {name: x[:60_000] for name, x in rows.items()} | {"q": rows["q"][:60_000].repeat(1, 2, 1, 1)}
+    with pytest.raises(ValueError, match="at most 262140 queries to a KV head, got 60000 rows of 8; split the batch"):
+        decode_attention(**args | many)
+    with pytest.raises(ValueError, match="the same strides for the keys and the values of sinks and recent tokens"):
+        decode_attention(**args | {"v_recent": torch.cat([args["v_recent"]] * 2, 1)[:, :1]})
     with pytest.raises(ValueError, match="contiguous"):
         decode_attention(**args | {"k_codes": args["k_codes"].mT.contiguous().mT})
     if not CUDA:

@@ -141,6 +141,23 @@ def test_ptx_gives_levels(bits: int, key: bool, rng: torch.Generator) -> None:
             ]
 
 
+def test_strided_vectors(rng: torch.Generator) -> None:
+    """Rows taken out of a larger cache leave `start` strided."""
+    args, books = problem(rng, logits=True)
+    strided = list(args)
+    strided[12], strided[-1] = args[12].repeat_interleave(2)[::2], args[-1].repeat_interleave(3)[::3]
+    assert strided[12].stride() == (2,)
+    check(tuple(strided), books)
+
+
+def test_queries_of_other_shapes(rng: torch.Generator) -> None:
+    args, books = problem(rng, heads=2)
+    q, k_new, v_new, *rest = args
+    assert extend.extend_attention(q[:, :, :0], k_new[:, :, :0], v_new[:, :, :0], *rest, *books).shape == (2, 4, 0, 64)
+    with pytest.raises(ValueError, match=r"of 2 rows and a multiple of 2 heads, as in the cache, got \(2, 3\)"):
+        extend.extend_attention(q[:, :3], k_new, v_new, *rest, *books)
+
+
 def test_strides_a_kernel_cannot_follow_are_refused(rng: torch.Generator) -> None:
     args, books = problem(rng)
     bad = list(args)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv, then runs the linter, the type checker and all tests.  Arguments go to pytest.
+# Sets up .venv, then runs the linter, the type checker and all tests, a process to a core.  Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -11,7 +11,7 @@ step() {
 }
 step ruff check .
 step mypy
-step pytest "$@"
+step pytest -n auto --maxprocesses 4 --dist loadfile "$@"
 
 if [ -n "$failed" ]; then
     echo "FAILED:$failed"

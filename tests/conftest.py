@@ -9,6 +9,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before numpy and torch: the interpreter's small products are faster in one thread; beside other processes all is.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -28,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(2**31)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1 if hasattr(config, "workerinput") else min(4, os.cpu_count() or 1))
+        torch.set_num_threads(min(4, os.cpu_count() or 1))
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -56,6 +56,21 @@ def test_8_bits_follow_the_exact_cache(cuda, dim, heads, kv_heads):
         assert ((packed - exact).float().norm() / exact.float().norm()).item() < 0.1
 
 
+def test_tensors_of_another_gpu_than_the_current_one(cuda):
+    """Triton launches on the current one: every op has to change it."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    model = built(cuda, head_dim=128, num_attention_heads=8, num_key_value_heads=2)
+    quantize_kv_(model, TurboQuantConfig(bits=4))
+    ids, chunks = torch.randint(2, 512, (2, 500), device=cuda), [400, *[1] * 40, 60]
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        model, ids = model.to(device), ids.to(device)
+        found.append(forced(model, ids, model.turboquant.make_cache(), chunks).cpu())
+    assert torch.cuda.current_device() == 0
+    assert ((found[1] - found[0]).float().norm() / found[0].float().norm()).item() < 0.02
+
+
 def test_generate_compiles_decode_and_padded_rows_are_their_own_runs(cuda):
     model = built(cuda, num_attention_heads=8, num_key_value_heads=2, head_dim=64)
     quantize_kv_(model, TurboQuantConfig(bits=4))

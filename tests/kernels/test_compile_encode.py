@@ -81,7 +81,7 @@ FIT = [  # chips on which the map of D = 256 stays in shared memory, on which it
 
 
 def drawn(seed: int) -> list[dict]:
-    """One configuration of every kernel, and of every bit width for those that depend on it."""
+    """One configuration of every kernel, two of those that depend most on the bits."""
     generator = random.Random(seed)
 
     def case(kernel: str, k: int = 3, v: int = 3) -> dict:
@@ -90,9 +90,9 @@ def drawn(seed: int) -> list[dict]:
         feedback &= kernel in ("encode", "step", "prepare")
         return {"kernel": kernel, "dim": dim, "bits": [k, v], "arch": arch, "key": key, "feedback": feedback}
 
-    values = generator.sample([1, 2, 3, 4, 8], 5)
-    cases = [case("encode", b, b) for b in (1, 2, 3, 4, 8)]
-    cases += [case("packed", k, v) for k, v in zip((1, 2, 3, 4, 8), values, strict=True)]
+    keys, values = (generator.sample([1, 2, 3, 4, 8], 2) for _ in range(2))
+    cases = [case("encode", b, b) for b in keys]
+    cases += [case("packed", k, v) for k, v in zip(keys, values, strict=True)]
     bits = generator.choice([1, 2, 4, 8])
     whole = case("whole", bits, bits) | {"dim": 256, "arch": 90, "feedback": generator.random() < 0.5}
     others = [case(kernel) for kernel in ("rotate", "exact", "merge", "write", "prepare")]

@@ -210,7 +210,7 @@ def test_splits_claim_steps(
 
     monkeypatch.setattr(module, "plan", lambda *_: plan)
     poison_empty(monkeypatch)
-    # Of 5 splits 94, 0, 43, 52, 9, 20, 20 and 19 steps of 64 tokens: from 20 on they are claimed.
+    # Of 5 splits 93, 0, 43, 52, 9, 20, 20 and 19 steps of 64 tokens: from 20 on they are claimed.
     lengths = (6100, 9, 2900, 3456, 700, 1412, 1380, 1348)
     case = Case(head_dim=128, lengths=lengths, heads=2, window=128, dtype=torch.bfloat16)
     args = make(case, rng)

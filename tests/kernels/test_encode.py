@@ -25,12 +25,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("dim", "bits"), [*((64, bits) for bits in BITS), (96, None), (128, None), (256, None)])
 @pytest.mark.parametrize("feedback", [False, True])
 def test_encode_equals_the_reference(
-    feedback: bool, bits: int, dim: int, role: str, rng: torch.Generator, seed: int
+    feedback: bool, dim: int, bits: int | None, role: str, rng: torch.Generator, seed: int
 ) -> None:
+    """Of a dim, each run draws the bits."""
+    bits = bits or random.Random(f"{seed} {dim} {role} {feedback}").choice(BITS)
     dtype = random.Random(seed + bits + dim).choice([torch.float32, torch.float16, torch.bfloat16])
     maps = layer_state.maps(2, dim, rng, feedback).to(DEVICE)
     x = layer_state.tokens(2, 2, 75, dim, rng, dtype).to(DEVICE)

@@ -220,7 +220,8 @@ def runs_gluon(x: torch.Tensor) -> bool:
     """Whether whole blocks of x are encoded by `encode_gluon`: bf16 of 256 dims, on Hopper, in rows that are
     16-byte aligned and a multiple of 32 bytes apart."""
     aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:3])
-    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+    nvidia = x.is_cuda and torch.version.hip is None  # AMD's gfx9 has capability 9, too
+    hopper = nvidia and torch.cuda.get_device_capability(x.device)[0] == 9
     return hopper and aligned and x.shape[-1] == 256 and x.dtype == torch.bfloat16
 
 

@@ -29,7 +29,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
         TRANSFORMERS | {"torchao", "gguf", "matplotlib"},
     ),
     ({"recipe", "recipe_table"}, {"yaml"}),
-    ({"convert"}, TRANSFORMERS),
+    ({"loading", "convert"}, TRANSFORMERS),
     ({"convert_cli", "generate_cli"}, TRANSFORMERS | {"yaml"}),
 ]
 

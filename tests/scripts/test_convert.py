@@ -31,7 +31,7 @@ from transformers import (
 
 import tq_ao.convert
 from tq_ao import convert_cli as script
-from tq_ao import fold, footprint, generate_cli
+from tq_ao import fold, footprint, generate_cli, loading
 from tq_ao.cache import static_length
 from tq_ao.calibration.calibrate import CalibrationResult
 from tq_ao.calibration.transforms import VALUE_CHOICES
@@ -615,9 +615,9 @@ def test_memory_takes_the_place_of_a_recipes_bits_and_bits_of_its_memory(tmp_pat
 
 def test_a_context_has_to_be_known_for_memory(base, monkeypatch):
     config = AutoConfig.from_pretrained(base)
-    monkeypatch.setattr(tq_ao.convert, "longest_text", lambda config: float("inf"))
+    monkeypatch.setattr(loading, "longest_text", lambda config: float("inf"))
     with pytest.raises(ValueError, match="expected a context with memory, got none"):
-        tq_ao.convert.memory_of(Recipe("m", memory=1.0), config)
+        loading.memory_of(Recipe("m", memory=1.0), config)
     assert static_length(1) == static_length(128) == 128 and static_length(129) == 256
 
 

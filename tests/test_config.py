@@ -100,7 +100,7 @@ def test_widths_are_ints(bits):
 
 def test_layers_as_pairs():
     assert TurboQuantConfig(layers={0: (4, 3)}).layer(0) == LayerScheme(4, 3)
-    for layers in ({0: 3}, {0: (4, 3, 2)}, {"0": (4, 3)}, {0: "43"}):
+    for layers in ({0: 3}, {0: (4, 3, 2)}, {"0": (4, 3)}, {True: (4, 3)}, {0: "43"}, None, [(4, 3)]):
         with pytest.raises(ValueError, match="expected"):
             TurboQuantConfig(layers=layers)
 

@@ -313,9 +313,9 @@ def test_the_last_static_cache_serves_again_if_it_fits():
     assert roomy.get_max_length() == 1024
 
 
-@pytest.mark.parametrize(("kind", "window"), [("llama", 0), ("gemma3", 24), ("gemma3", 400)])
+@pytest.mark.parametrize(("kind", "window"), [("llama", 0), ("gemma3", 24), ("gemma3", 256), ("gemma3", 400)])
 def test_a_chat_goes_on_beyond_the_static_cache_of_its_last_turn(kind, window, rng):
-    """A window of 400 makes sliding layers that have to grow, too."""
+    """A window of 400 makes sliding layers that have to grow, too; one of 256 is as long as the first static cache."""
     model = tiny.model(kind, **({"sliding_window": window} if window else {}))
     quantize_kv_(model, TurboQuantConfig(k_bits=4, v_bits=8, **SMALL))
     turns, caches = [ids_for(rng, n) for n in (200, 90, 130)], {}
@@ -329,7 +329,9 @@ def test_a_chat_goes_on_beyond_the_static_cache_of_its_last_turn(kind, window, r
             text, cache = out.sequences, out[tiny.CACHE]
         caches[implementation] = text, cache
     assert torch.equal(caches["static"][0], caches["dynamic"][0])
-    assert caches["static"][1].is_compileable and caches["static"][1].get_max_length() >= text.shape[1]
+    static = caches["static"][1]
+    assert static.is_compileable and static.get_max_length() >= text.shape[1]
+    assert static.is_croppable == model.turboquant.make_cache(static.get_max_length()).is_croppable
     grown, plain = (cache.packed_layers()[0] for _, cache in caches.values())
     tiles = (text.shape[1] - 1 - 32 - 3) // 32
     assert torch.equal(grown.k_codes[:, :, :tiles], plain.k_codes[:, :, :tiles])
@@ -337,11 +339,12 @@ def test_a_chat_goes_on_beyond_the_static_cache_of_its_last_turn(kind, window, r
 
 def test_a_static_cache_of_layers_that_cannot_be_made_longer_says_so():
     cache = quantize_kv_(tiny.model("gemma3"), TurboQuantConfig(**SMALL)).turboquant.make_cache(16)
-    cache.layers[0] = type("Other", (type(cache.layers[0]),), {})(16, 24)
+    cache.layers[2] = type("Other", (type(cache.layers[2]),), {})(16, 24)
     cache.make_room(10)
     assert cache.get_max_length() == 16
     with pytest.raises(ValueError, match="at most 16 tokens in a static cache with layers of type Other, got 17"):
         cache.make_room(17)
+    assert {layer.max_cache_len for layer in cache.layers} == {16}, "as it was"
 
 
 def test_a_checkpoint_loaded_before_the_import_is_quantised_in_place(tmp_path, rng):

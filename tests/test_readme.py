@@ -39,3 +39,8 @@ def test_converted_table():
         assert chosen == f"{report['kl']:.5f} ± {report['kl_stderr']:.5f}"
         assert uniform == f"{base['kl']:.5f} ± {base['kl_stderr']:.5f}"
         assert perplexity == f"{report['ppl_before']:.3f}, {report['ppl_after']:.3f}"
+        said = {
+            "SmolLM2-135M": f"{report['seconds']:.0f} s on two",
+            "Qwen2.5-Coder": f"{report['seconds'] / 60:.0f} minutes on one",
+        }
+        assert all(time in README for name, time in said.items() if model.startswith(name))

@@ -169,25 +169,29 @@ class TurboQuantCache(Cache):
         if have is None or tokens <= have:
             return
         size = static_length(max(tokens, have + have // 2))
+        others = []
         for layer, (kind, extra) in zip(self.layers, self._kinds, strict=True):
-            if isinstance(layer, TurboQuantLayer):
-                layer.make_room(size)
-                continue
             longer = STATIC_LAYER_TYPE_MAPPING[kind](max_cache_len=size, **extra)
-            room = getattr(longer, "max_cache_len", None)
-            if room is None or room == layer.max_cache_len:  # layers of a state, and those that see their window only
+            if isinstance(layer, TurboQuantLayer) or not hasattr(longer, "max_cache_len"):  # the latter hold a state
                 continue
-            if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
+            if longer.max_cache_len != layer.max_cache_len and type(layer) not in (
+                StaticLayer,
+                StaticSlidingWindowLayer,
+            ):
                 raise ValueError(
                     f"expected at most {have} tokens in a static cache with layers of type {type(layer).__name__}, got "
                     f"{tokens}; make a longer cache, or pass cache_implementation='dynamic'"
                 )
-            for name in ("keys", "values") if layer.is_initialized else ():
-                old = getattr(layer, name)
-                setattr(layer, name, torch.nn.functional.pad(old, (0, 0, 0, room - old.shape[2])))
+            others.append((layer, longer))
+        for packed in self.packed_layers():
+            packed.make_room(size)
+        for layer, longer in others:
+            more = longer.max_cache_len - layer.max_cache_len
+            for name in ("keys", "values") if more and layer.is_initialized else ():
+                setattr(layer, name, torch.nn.functional.pad(getattr(layer, name), (0, 0, 0, more)))
                 torch._dynamo.mark_static_address(getattr(layer, name))
-            layer.max_cache_len = room
-            if isinstance(layer, StaticSlidingWindowLayer):
+            layer.max_cache_len = longer.max_cache_len
+            if hasattr(longer, "_is_croppable"):  # transformers 5.24: whether a text never outgrows a sliding window
                 layer._is_croppable = longer._is_croppable
         self._room = size
 

@@ -46,7 +46,7 @@ class LayerScheme:
 
 
 def _scheme(index: object, given: object) -> LayerScheme:
-    if not isinstance(index, int):
+    if not isinstance(index, int) or isinstance(index, bool):
         raise ValueError(f"expected layer indices to be integers, got {index!r}")
     if isinstance(given, LayerScheme):
         return given
@@ -89,6 +89,8 @@ class TurboQuantConfig:
 
     def __post_init__(self) -> None:
         LayerScheme(self._uniform("k_bits"), self._uniform("v_bits"))
+        if not isinstance(self.layers, Mapping):
+            raise ValueError(f"expected layers to map layer indices to LayerSchemes, got {self.layers!r}")
         object.__setattr__(self, "layers", {i: _scheme(i, given) for i, given in self.layers.items()})
         for name, value in (("window", self.window), ("sinks", self.sinks), ("seed", self.seed)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:

@@ -24,7 +24,7 @@ def named(name: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         check(torch.device(name))
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).item()  # "meta" has none
     except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
         reason = str(error).split("\n")[0]
         raise ValueError(f"expected a device that this machine has, got {name!r} ({reason})") from error

@@ -175,7 +175,7 @@ def attach(
     method = existing.get("quant_method") if isinstance(existing, dict) else getattr(existing, "quant_method", None)
     if method in (None, FORMAT):
         model.config.quantization_config = TurboQuantQuantizationConfig(resolved.to_scheme())
-    elif method == "torchao":
+    elif method == "torchao" and not isinstance(existing, dict):  # which transformers knows and makes an object of
         existing.kv_cache_scheme = resolved.to_scheme()
     else:
         logger.warning(

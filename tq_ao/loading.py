@@ -79,7 +79,8 @@ def load(
             f"those are {layers}"
         )
     longest = longest_text(config.get_text_config(decoder=True))
-    if (length := max(recipe.calibration.length, recipe.verification.length)) > longest:
+    length = max(recipe.verification.length, recipe.calibration.length if recipe.schedule == "auto" else 0)
+    if length > longest:
         raise TextError(
             f"expected windows of at most {longest:g} tokens, what {source.name} can read, got {length}; "
             "give --max-seq-length (length in a recipe)"

@@ -560,6 +560,7 @@ def test_names_of_outputs():
         (["--max-seq-length", "5000"], "expected windows of at most 4096 tokens, what"),
         (["--device", "nowhere"], "expected a device that this machine has, got 'nowhere'"),
         (["--device", "mps"], "expected a device of type cpu or cuda, got mps"),
+        (["--device", "meta"], "expected a device that this machine has, got 'meta'"),
         (["--output-dir", "."], "cannot be replaced by a finished folder"),
     ],
 )

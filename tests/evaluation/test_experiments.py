@@ -13,8 +13,8 @@ from tq_ao.evaluation.transformers_cache import KINDS, PACKAGES
 
 
 @pytest.fixture
-def setup(rng):
-    model = tiny.model(num_hidden_layers=4)
+def setup(rng, request):
+    model = tiny.model(getattr(request, "param", "llama"), num_hidden_layers=4)
     plain = plain_maps(model, [0, 1, 2, 3])
     windows = torch.randint(2, 97, (8, 160), generator=rng)
     shape = Shape({i: tuple(m.key_shift.shape) for i, m in plain.items()})
@@ -42,6 +42,14 @@ def test_pareto_rows(setup):
             assert row["code_bits"] == pytest.approx(sum(k + v for k, v in pairs) / 8, abs=1e-4)
     by_bits = {row["code_bits"]: row["kl"] for row in found["rows"] if row["method"] == "uniform, plain"}
     assert by_bits[2] > by_bits[3] > by_bits[4]
+
+
+@pytest.mark.parametrize("setup", ["phi4_mini"], indirect=True)
+def test_a_model_with_one_projection_for_q_k_and_v_has_no_rank_by_k_proj(setup):
+    found = pareto(setup, Options(budgets=(), window=16, sinks=2))
+    name = "25/50/25 by k_proj weight MSE"
+    assert "k_proj" in found["left_out"][name] and name not in [row["method"] for row in found["rows"]]
+    assert "25/50/25 at random" in [row["method"] for row in found["rows"]]
 
 
 def test_ablation_rows(setup):

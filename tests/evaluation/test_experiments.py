@@ -24,7 +24,14 @@ def setup(rng, request):
 def test_pareto_rows(setup):
     found = pareto(setup, Options(budgets=(2.5,), window=16, sinks=2, repair_evaluations=3))
     methods = [row["method"] for row in found["rows"]]
-    for method in ("uniform, plain", "uniform, calibrated", "schedule, plain", "schedule, calibrated, repaired"):
+    ranked = ("25/50/25 by k_proj weight MSE", "25/50/25 at random")
+    for method in (
+        *ranked,
+        "uniform, plain",
+        "uniform, calibrated",
+        "schedule, plain",
+        "schedule, calibrated, repaired",
+    ):
         assert method in methods
     assert {"model", "text", "versions", "commit", "device", "rows"} <= set(found)
     published = [row["code_bits"] for row in found["rows"] if row["method"] == "TurboQuant (Lloyd-Max levels)"]

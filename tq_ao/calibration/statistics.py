@@ -13,6 +13,7 @@ The fisher weights are those of the quadratic form KL ~ 1/2 E[(c . delta s)**2]:
 in it does to the model's prediction.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -110,6 +111,21 @@ def attention_rows(call: AttentionCall, first: int, end: int) -> tuple[torch.Ten
     return s, softmax_with_sink(s.masked_fill(hidden, -torch.inf), call)
 
 
+def packed_rows(call: AttentionCall, window: int, sinks: int) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """Blocks of queries some of which read packed keys, over keys 0..columns: those behind the window of the last.
+
+    Yields:
+        First and end row; scores, and probabilities that are zero where a pair is not packed, [B, H, G, rows, columns].
+    """
+    position = torch.arange(call.q.shape[2], device=call.q.device)
+    for first, end in row_blocks(call.q.shape[2], call.q.device):
+        columns = end - window
+        if columns > sinks:
+            s, p = attention_rows(call, first, end)
+            packed = packed_pairs(position[first:end], position[:columns], call, window, sinks)
+            yield first, end, s[..., :columns], p[..., :columns] * packed
+
+
 def pair_weights(t: Trace, window: int, sinks: int) -> PairWeights:
     """Weights of every query, key and value of a traced window."""
     call, heads, tokens = t.call, t.call.k.shape[1], t.call.q.shape[2]
@@ -117,14 +133,8 @@ def pair_weights(t: Trace, window: int, sinks: int) -> PairWeights:
     new = lambda *shape: torch.zeros(shape, device=call.q.device)  # noqa: E731
     qa, ka, va = new(batch, heads, groups, tokens), new(batch, heads, tokens), new(batch, heads, tokens)
     qf, kf, vf, gf = new(*qa.shape), new(*ka.shape), new(*ka.shape), new(*qa.shape)
-    position = torch.arange(tokens, device=call.q.device)
-    for first, end in row_blocks(tokens, call.q.device):
-        columns = end - window
-        if columns <= sinks:
-            continue
-        s, p = attention_rows(call, first, end)
-        packed = packed_pairs(position[first:end], position[:columns], call, window, sinks)
-        read = p[..., :columns] * packed
+    for first, end, s, read in packed_rows(call, window, sinks):
+        columns = read.shape[-1]
         spread = read * (1 - read)
         qa[..., first:end] = spread.sum(-1)
         ka[..., :columns] += spread.sum((2, 3))
@@ -135,7 +145,7 @@ def pair_weights(t: Trace, window: int, sinks: int) -> PairWeights:
             effect = g @ call.v[:, :, None, :columns].mT - (g * o).sum(-1, keepdim=True)
             c = read * effect
             if call.softcap:
-                c = c * (1 - (s[..., :columns] / call.softcap).square())
+                c = c * (1 - (s / call.softcap).square())
             c, squares = c.square(), read.square()
             qf[..., first:end] = c.sum(-1)
             kf[..., :columns] += c.sum((2, 3))

@@ -15,8 +15,8 @@ import torch
 
 from tq_ao.calibration.capture import Trace, trace
 from tq_ao.calibration.sensitivity import bar, device_of
-from tq_ao.calibration.statistics import attention_rows, packed_pairs, pair_weights
-from tq_ao.evaluation.simulate import LayerPlan, row_blocks
+from tq_ao.calibration.statistics import packed_rows, pair_weights
+from tq_ao.evaluation.simulate import LayerPlan
 from tq_ao.reference import rounded
 from tq_ao.rotation import LayerMaps, one_by_one
 
@@ -79,18 +79,11 @@ def _levels(
 
 
 def _value_normal(t: Trace, plan: LayerPlan, window: int, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    call = t.call
-    exact, levels = _levels(call.v, plan.maps.value, plan.maps.value_shift, plan.v_bits, plan.maps.value_feedback)
-    tokens, zero = call.q.shape[2], torch.zeros_like(plan.maps.value, dtype=torch.float64)
+    exact, levels = _levels(t.call.v, plan.maps.value, plan.maps.value_shift, plan.v_bits, plan.maps.value_feedback)
+    zero = torch.zeros_like(plan.maps.value, dtype=torch.float64)
     gram, cross = zero, zero
-    position = torch.arange(tokens, device=call.q.device)
-    for first, end in row_blocks(tokens, call.q.device):
-        columns = end - window
-        if columns <= sinks:
-            continue
-        _, p = attention_rows(call, first, end)
-        packed = packed_pairs(position[first:end], position[:columns], call, window, sinks)
-        p = (p[..., :columns] * packed).flatten(2, 3)
+    for _, _, _, read in packed_rows(t.call, window, sinks):
+        p, columns = read.flatten(2, 3), read.shape[-1]
         y, o = p @ levels[:, :, :columns], p @ exact[:, :, :columns]
         gram = gram + (y.mT @ y).double().sum(0)
         cross = cross + (y.mT @ o).double().sum(0)

@@ -24,6 +24,7 @@ from .query import check_queries, prepare_kernel
 
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 512
+FEW_SPLITS = 8  # the merge has them at once in any shape
 MIN_STEPS, MIN_TILES = 3, 4  # softmax steps, and tiles, that are worth a program and a partial result
 # Of a split, on average.  It adds up codes counted from zero and takes the middle level off at its end: what is left
 # of a flat softmax over n tokens is 1 / sqrt(n) of the sum, so float32 rounding grows with n.
@@ -72,16 +73,27 @@ class Config(NamedTuple):
     chunk: int
 
 
-def configure(head_dim: int, head_tiles: int) -> Config:
-    """The launch of the Gluon kernel for a shape; head_tiles: tiles of 8 query heads to a KV head."""
+def configure(head_dim: int, head_tiles: int, tile_bytes: int, tiles: int, work: int) -> Config:
+    """The launch of the Gluon kernel for a shape.
+
+    The four schedulers of a multiprocessor have as many programs each: others were 15 to 30 % slower.  Two tiles to a
+    step keep more bytes under way and take fewer instructions; one shares short rows out more evenly.
+
+    Args:
+        head_tiles: tiles of 8 query heads to a KV head.
+        tile_bytes: codes and scales of a tile, keys and values.
+        tiles: packed tiles that a row has room for.
+        work: tiles to a multiprocessor, of all rows, KV heads and pairs of head tiles.
+    """
     together = min(head_tiles, 2 if head_dim <= 128 else 1)
     # Exact tokens pass through shared memory in turns; more turns to a program make fewer partial results.
     chunk = 96 if head_dim <= 64 else 64 if head_dim <= 128 else 32
-    if together == 2 or head_dim > 128:
+    if head_dim > 128:
         return Config(together, tiles=1, registers=255, resident=8, chunk=chunk)
-    if head_dim % 64:  # one ring plane for each group of 32 codes: more addresses
-        return Config(together, tiles=2, registers=200, resident=10, chunk=chunk)
-    return Config(together, tiles=2, registers=168, resident=12, chunk=chunk)
+    if together == 2:
+        return Config(together, tiles=2 if work >= 8 * 24 else 1, registers=255, resident=8, chunk=chunk)
+    short = tile_bytes >= 2400 and tiles <= (128 if tile_bytes < 4096 else 256)
+    return Config(together, tiles=1 if short else 2, registers=168, resident=12, chunk=chunk)
 
 
 class MergeConfig(NamedTuple):
@@ -104,10 +116,12 @@ def merge_config(head_dim: int, rows: int, splits: int, multiprocessors: int) ->
     columns, queries = min(64, padded) if padded <= 256 else 32, 8
     while queries > 1 and rows // queries * triton.cdiv(head_dim, columns) < 0.95 * multiprocessors:
         queries //= 2
-    if padded == 128 and queries >= 4 and 8 < splits <= 32:  # all at once, by half the programs
+    if padded == 128 and queries >= 4 and FEW_SPLITS < splits <= 32:  # all at once, by half the programs
         return MergeConfig(columns, 8, 1, 32)
     dim_warps = min(8 // queries, padded // 16)
-    parts = 8 if splits <= 8 else 2048 * dim_warps // padded  # at most 64 numbers of them to a thread
+    parts = FEW_SPLITS if splits <= FEW_SPLITS else 2048 * dim_warps // padded  # at most 64 numbers of them to a thread
+    if splits > parts > 16 and triton.cdiv(rows, queries) * triton.cdiv(head_dim, columns) > multiprocessors:
+        parts //= 2  # more than once, in registers that two programs to a multiprocessor share
     return MergeConfig(columns, queries, dim_warps, parts)
 
 
@@ -130,8 +144,10 @@ def _readable_by_gluon(*exact: torch.Tensor) -> bool:
     )  # fmt: skip
 
 
-def plan(programs: int, tiles: int, exact_tokens: int, slots: int, config: Config) -> tuple[int, int]:
+def plan(programs: int, tiles: int, exact_tokens: int, slots: int, config: Config, at_once: int = 1) -> tuple[int, int]:
     """How the work of a (row, KV head, head tile) is shared among `slots / programs` programs that run at once.
+
+    The merge takes `at_once` splits at a time: few more are not worth another turn.
 
     Returns:
         Splits of the sequence, and exact tokens to a chunk; the first splits take a chunk each, and fewer tiles.
@@ -139,7 +155,10 @@ def plan(programs: int, tiles: int, exact_tokens: int, slots: int, config: Confi
     room = max(1, slots // programs)
     least = triton.cdiv(tiles * TILE + 16 * exact_tokens, MAX_SPLIT_TOKENS)  # in bytes an exact token is 16 of 1 bit
     useful = triton.cdiv(tiles, max(MIN_TILES, MIN_STEPS * config.tiles)) + triton.cdiv(exact_tokens, TILE)
-    splits = max(1, least, min(room, useful, MAX_SPLITS))
+    splits = min(room, useful, MAX_SPLITS)
+    if splits % at_once <= splits // 5:
+        splits -= splits % at_once
+    splits = max(1, least, splits)
     return splits, max(config.chunk, TILE * triton.cdiv(exact_tokens, TILE * splits))
 
 
@@ -210,23 +229,26 @@ def decode_attention(
     cap = softcap * LOG2E
     if softcap:
         factor *= 2.0 / softcap
+    rows = batch * q_heads
     sinks, capacity = k_sinks.shape[2], k_recent.shape[2]
-    config = configure(dim, head_tiles)
+    sms = _multiprocessors(device)
+    tile_bytes = TILE * dim * (k_bits + v_bits) // 8 + 4 * TILE
+    config = configure(dim, head_tiles, tile_bytes, tiles, batch * heads * triton.cdiv(head_tiles, 2) * tiles // sms)
     programs = batch * heads * triton.cdiv(head_tiles, config.head_tiles)
     # The Gluon kernel attends to a 16-bit window itself, at the same time as to the packed tiles.
     separate = not use_gluon or not _readable_by_gluon(k_sinks, v_sinks, k_recent, v_recent)
     # Exact tokens a row can have: the sinks, the window, and what waits for its tile to fill.
     exact_tokens = max(1, sinks + (min(window + TILE, capacity) if capacity else 0))
-    slots = _multiprocessors(device) * config.resident
+    slots = sms * config.resident
     half_precision = q.dtype.itemsize == 2 and k_recent.dtype.itemsize == 2
-    splits, chunk = plan(programs, tiles, 0 if separate else exact_tokens, slots, config)
+    at_once = merge_config(dim, rows, FEW_SPLITS + 1, sms).parts if use_gluon else 1
+    splits, chunk = plan(programs, tiles, 0 if separate else exact_tokens, slots, config, at_once)
     if separate:
         chunk = 64 if half_precision or padded <= 128 else 32  # what shared memory holds
     chunks = triton.cdiv(exact_tokens, chunk)
     here = 0 if separate else chunks
     # What an exact chunk is worth in quarters of a step over packed tiles.
-    step_bytes = TILE * config.tiles * (dim * (k_bits + v_bits) / 8 + 4)
-    exact_quarters = round(4 * EXACT_COST * 4 * chunk * dim / step_bytes)
+    exact_quarters = round(4 * EXACT_COST * 4 * chunk * dim / (config.tiles * tile_bytes))
     if use_gluon and splits * (4 * triton.cdiv(tiles, config.tiles) + exact_quarters * here) >= 2**31:
         most = 2**29 // splits * config.tiles * TILE  # what decode_gluon._first_step can count in 32 bits
         raise ValueError(
@@ -234,7 +256,6 @@ def decode_attention(
         )
 
     f32 = torch.float32
-    rows = batch * q_heads
     rotated = torch.empty(rows * dim, dtype=f32, device=device)
     bias = torch.empty(rows, dtype=f32, device=device)
     counters = programs if use_gluon else 0
@@ -253,7 +274,7 @@ def decode_attention(
     unit = 127.0 if k_bits == 8 else 1.0
     precision = "ieee" if torch.version.hip else "tf32" if half_precision else "tf32x3"
     blocks = heads * triton.cdiv(batch * group, 16)
-    columns = map_columns(dim, q.dtype, blocks, _multiprocessors(device))
+    columns = map_columns(dim, q.dtype, blocks, sms)
     prepare_kernel[(blocks * (dim // columns) + exact_programs,)](
         q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, claims, exact_o,
         exact_ml, q.stride(0), q.stride(1), *sink_strides, *recent_strides, batch, heads, counters, sinks, window,
@@ -295,7 +316,7 @@ def decode_attention(
     if use_gluon:
         from .combine_gluon import combine_gluon_kernel
 
-        merge = merge_config(dim, rows, splits, _multiprocessors(device))
+        merge = merge_config(dim, rows, splits, sms)
         combine_gluon_kernel[(heads, triton.cdiv(batch * group, merge.queries), triton.cdiv(dim, merge.columns))](
             split_o, split_ml.view(torch.int64), exact_o, exact_ml.view(torch.int64), *arguments, **shape,
             COLUMNS=merge.columns, R=merge.queries, WD=merge.dim_warps, PARTS=merge.parts, MORE=splits > merge.parts,

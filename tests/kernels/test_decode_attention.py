@@ -240,6 +240,36 @@ def test_merges_many_queries(
         assert error(case, make(case, rng), module.decode_attention, "gluon") < 4e-3
 
 
+@pytest.mark.parametrize("splits", [44, 79])
+def test_merges_many_splits_of_many_queries(
+    splits: int, cuda: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In turns, which leave registers to two programs on a multiprocessor."""
+    from tq_ao.kernels import decode_attention as module
+
+    monkeypatch.setattr(module, "plan", lambda *_: (splits, 32))
+    poison_empty(monkeypatch)
+    case = Case(head_dim=128, lengths=tuple(range(100, 1900, 200)), heads=4, group=8, dtype=torch.bfloat16)
+    merge = module.merge_config(128, 288, splits, module._multiprocessors(cuda))
+    assert merge.parts < splits
+    assert error(case, make(case, rng), module.decode_attention, "gluon") < 4e-3
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("group", [5, 12, 16, 24])
+def test_two_tiles_to_a_step(
+    group: int, head_dim: int, cuda: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of long rows; here odd and even numbers of tiles, and none."""
+    from tq_ao.kernels import decode_attention as module
+
+    long = module.configure(head_dim, -(-group // 8), 4 * head_dim * 6, tiles=10_000, work=10_000)
+    assert (long.head_tiles, long.tiles) == (1 + (group > 8), 2)
+    monkeypatch.setattr(module, "configure", lambda *_: long)
+    case = Case(head_dim=head_dim, group=group, lengths=(1900, 300, 230, 20), heads=2, dtype=torch.bfloat16)
+    assert error(case, make(case, rng), module.decode_attention, "gluon") < 4e-3
+
+
 def test_every_step_is_claimed_once(seed: int) -> None:
     """The device code, on Python integers: splits that come in any order do each step of a row once."""
     pytest.importorskip("triton.experimental.gluon")
@@ -319,10 +349,13 @@ def test_plans_leave_no_exact_token_without_a_split(seed: int) -> None:
 
     draw = random.Random(seed)
     for _ in range(3000):
-        config = configure(draw.choice([32, 64, 96, 128, 160, 256]), draw.randint(1, 4))
         programs, tiles = int(2 ** draw.uniform(0, 16)), int(2 ** draw.uniform(0, 15)) - draw.randint(0, 1)
+        head_dim, head_tiles = draw.choice([32, 64, 96, 128, 160, 256]), draw.randint(1, 4)
+        config = configure(head_dim, head_tiles, draw.choice([1000, 3000]), tiles, draw.choice([0, 1000]))
         exact = draw.choice([0, 1, draw.randint(1, 400), draw.randint(1, 5000)])
-        splits, chunk = plan(programs, tiles, exact, draw.choice([80, 132, 148]) * config.resident, config)
+        splits, chunk = plan(
+            programs, tiles, exact, draw.choice([80, 132, 148]) * config.resident, config, draw.choice([1, 8, 32, 128])
+        )
         assert splits >= 1 and chunk % TILE == 0 and chunk >= config.chunk
         assert -(-exact // chunk) <= splits
         assert tiles * TILE / splits <= MAX_SPLIT_TOKENS

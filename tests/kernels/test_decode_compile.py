@@ -60,7 +60,8 @@ def _compile(case: dict):
         from tq_ao.kernels.fragments import constraints, key_asm, value_asm
 
         k_bits, v_bits = case["bits"]
-        config = host.configure(dim, -(-group // 8))
+        tile_bytes = 4 * dim * (k_bits + v_bits) + 128
+        config = host.configure(dim, -(-group // 8), tile_bytes, case.get("tiles", 1000), case.get("work", 0))
         constants = {
             "G": group, "D": dim, "K_BITS": k_bits, "V_BITS": v_bits, "HT": config.head_tiles, "TILES": config.tiles,
             "SOFTCAP": softcap, "PDL": case["arch"] >= 90, "K_ASM": key_asm(k_bits),
@@ -185,16 +186,19 @@ def report(case: dict) -> dict:
     return _reports()[json.dumps(case)]
 
 
-def gluon(arch: int = 90, bits: tuple[int, int] = (3, 3), head_dim: int = 128, group: int = 4, **more: bool) -> dict:
+def gluon(arch: int = 90, bits: tuple[int, int] = (3, 3), head_dim: int = 128, group: int = 4, **more: int) -> dict:
     return {"kernel": "gluon", "arch": arch, "bits": bits, "head_dim": head_dim, "group": group, **more}
 
 
 GLUON = {
     **{f"{k} and {v} bits": gluon(bits=(k, v)) for k, v in ((1, 1), (2, 2), (3, 3), (4, 4), (8, 8), (4, 2))},
+    "short rows": gluon(tiles=64),
     "head_dim 64": gluon(head_dim=64),
     "head_dim 96": gluon(head_dim=96),
+    "head_dim 96, short rows": gluon(head_dim=96, tiles=64),
     "head_dim 256": gluon(head_dim=256, group=8),
     "16 heads": gluon(group=16),
+    "16 heads, long rows": gluon(group=16, work=1000),
     "16 heads of 256": gluon(group=16, head_dim=256),
     "soft-cap": gluon(softcap=True),
     "head_dim 32": gluon(head_dim=32),
@@ -244,6 +248,7 @@ MERGES = {
     "many rows": merge(128, 1024, 6, chunks=3),
     "very many rows": merge(128, 4096, 6, chunks=3),
     "few rows, many splits": merge(128, 32, 128),
+    "more splits than at once": merge(128, 288, 44),
     "splits merged at once": merge(128, 256, 24),
     "splits merged at once, a window that is not 16-bit": merge(128, 256, 24, partial="*fp32"),
     "head_dim 32": merge(32, 32, 128),

@@ -10,7 +10,7 @@ from tq_ao import TurboQuantCache, TurboQuantConfig, fold, hf
 from tq_ao.cache import head_dim, kv_heads, quantizable_layers
 from tq_ao.checkpoint import find_stored
 from tq_ao.errors import ModelError
-from tq_ao.evaluation.metrics import score, summarize
+from tq_ao.measure.metrics import score, summarize
 from tq_ao.rotation import LayerMaps, MapSource, rotations
 
 SMALL = {"vocab_size": 97, "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "pad_token_id": 0}

@@ -24,10 +24,13 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"tensor", "tensor_ops"}, TORCH | {"torchao"}),
     ({"cache", "cache_layer", "attention"}, TORCH | {"transformers"}),
     (
-        {"quantizer", "hf", "quantize", "embedded", "models", "text", "recall", "hub", "model_card", "footprint"}
-        | {"calibration", "evaluation", "checkpoint", "fold", "transforms_file"},
-        TRANSFORMERS | {"torchao", "gguf", "matplotlib"},
+        {"quantizer", "hf", "quantize", "embedded", "models", "text", "recall", "hub", "model_card"}
+        | {"checkpoint", "transforms_file"},
+        TRANSFORMERS | {"torchao", "gguf"},
     ),
+    ({"measure"}, TRANSFORMERS),
+    ({"calibration", "footprint", "fold"}, TRANSFORMERS),
+    ({"evaluation"}, TRANSFORMERS | {"matplotlib"}),
     ({"recipe", "recipe_table"}, {"yaml"}),
     ({"loading", "convert"}, TRANSFORMERS),
     ({"convert_cli", "generate_cli"}, TRANSFORMERS | {"yaml"}),

@@ -18,10 +18,10 @@ from tq_ao.checkpoint import check_output, other_weights, write
 from tq_ao.codebook import BITS
 from tq_ao.config import LayerScheme
 from tq_ao.evaluation.decode_kl import evaluate_caches, prove_packed
-from tq_ao.evaluation.metrics import Metrics
 from tq_ao.evaluation.setup import name_of, provenance
 from tq_ao.footprint import count
 from tq_ao.loading import Conversion, context_of, load
+from tq_ao.measure.metrics import Metrics
 from tq_ao.recipe import UNIFORM, Recipe
 from tq_ao.rotation import MapSource
 

@@ -25,10 +25,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tq_ao.cache import head_dim, kv_heads
-from tq_ao.calibration.capture import AttentionCall, exact, intercept
 from tq_ao.calibration.statistics import PROJECTIONS
 from tq_ao.checkpoint import read_stored
 from tq_ao.errors import ModelError
+from tq_ao.measure.capture import AttentionCall, exact, intercept
 from tq_ao.rotation import LayerMaps, MapSource, one_by_one
 
 LIMIT = 1e-3  # nats: rounding to bfloat16 costs a hundredth of it, a wrong formula a thousand times as much

@@ -4,11 +4,11 @@ import tiny
 import torch
 
 from tq_ao.calibration.calibrate import collect
-from tq_ao.calibration.capture import trace
 from tq_ao.calibration.transforms import layer_maps
-from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.setup import plain_maps
-from tq_ao.evaluation.simulate import LayerPlan, requantize
+from tq_ao.measure.capture import trace
+from tq_ao.measure.evaluator import Evaluator
+from tq_ao.measure.simulate import LayerPlan, requantize
 
 
 def uniform_kl(evaluate, maps):  # 4 bits: random weights are so sharp that 3 break them anyway

@@ -13,10 +13,10 @@ from tq_ao.calibration.calibrate import calibrate
 from tq_ao.calibration.gain import SHARE, compensated, gain
 from tq_ao.calibration.journal import Journal
 from tq_ao.calibration.sensitivity import METRICS, sensitivity
-from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.ranking import correlations, spearman
 from tq_ao.evaluation.setup import plain_maps
 from tq_ao.footprint import maps_bytes, memory_budget
+from tq_ao.measure.evaluator import Evaluator
 
 
 @pytest.fixture

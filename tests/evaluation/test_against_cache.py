@@ -9,10 +9,10 @@ from tq_ao.cache import TurboQuantCache
 from tq_ao.calibration.calibrate import calibrate
 from tq_ao.config import TurboQuantConfig
 from tq_ao.evaluation.decode_kl import evaluate_caches
-from tq_ao.evaluation.evaluator import Evaluator
-from tq_ao.evaluation.metrics import SKIP
 from tq_ao.evaluation.setup import plain_maps
-from tq_ao.evaluation.simulate import LayerPlan
+from tq_ao.measure.evaluator import Evaluator
+from tq_ao.measure.metrics import SKIP
+from tq_ao.measure.simulate import LayerPlan
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])

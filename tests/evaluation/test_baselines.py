@@ -5,7 +5,6 @@ import tiny
 import torch
 from transformers.cache_utils import QuantizedLayer
 
-from tq_ao.calibration.capture import exact, intercept, trace
 from tq_ao.codebook import gaussian_mse, lloyd_max
 from tq_ao.evaluation.lloyd import lloyd, lloyd_max_rounded
 from tq_ao.evaluation.setup import plain_maps
@@ -18,6 +17,7 @@ from tq_ao.evaluation.transformers_cache import (
     transformers_quantized,
     unavailable,
 )
+from tq_ao.measure.capture import exact, intercept, trace
 
 PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from tq_ao.evaluation.decoders import refit
-from tq_ao.evaluation.simulate import LayerPlan
+from tq_ao.measure.simulate import LayerPlan
 
 
 def test_refitted_decoders_are_those_of_the_codes_with_feedback(rng):

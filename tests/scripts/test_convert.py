@@ -37,9 +37,9 @@ from tq_ao.calibration.calibrate import CalibrationResult
 from tq_ao.calibration.transforms import VALUE_CHOICES
 from tq_ao.codebook import BITS
 from tq_ao.config import TRANSFORMS_FILE, LayerScheme
-from tq_ao.evaluation.evaluator import Evaluator
-from tq_ao.evaluation.metrics import SKIP, score, summarize
 from tq_ao.evaluation.setup import provenance
+from tq_ao.measure.evaluator import Evaluator
+from tq_ao.measure.metrics import SKIP, score, summarize
 from tq_ao.recipe import Recipe, load
 from tq_ao.text import articles, split_articles, windows
 

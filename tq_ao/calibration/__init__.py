@@ -12,6 +12,6 @@
 
 Steps, each a function of its own: `trace` (capture.py) runs a window and returns q, k, v, output and gradient of
 every layer; `collect` gathers statistics; `choose_variants` picks maps; `sensitivity` scores layers; `knapsack`
-allocates; `repair` improves by measured swaps; `evaluation.evaluator.Evaluator` measures.  That
+allocates; `repair` improves by measured swaps; `measure.evaluator.Evaluator` measures.  That
 the result beats a uniform schedule on other text is for the caller to see: `tq_ao.convert` measures it.
 """

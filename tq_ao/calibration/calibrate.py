@@ -10,7 +10,6 @@ import torch
 
 from tq_ao import __version__
 from tq_ao.calibration.allocation import Memory, Schedule, Shape, additive_cost, knapsack, offered, smallest
-from tq_ao.calibration.capture import trace, window_start
 from tq_ao.calibration.gain import compensated
 from tq_ao.calibration.journal import Journal
 from tq_ao.calibration.repair import Repair, repair
@@ -20,10 +19,11 @@ from tq_ao.calibration.target import describe, losses, meet
 from tq_ao.calibration.transforms import KEY_CHOICES, VALUE_CHOICES
 from tq_ao.calibration.variants import Choice, choose_variants
 from tq_ao.config import EXACT
-from tq_ao.evaluation.evaluator import Evaluator
-from tq_ao.evaluation.metrics import SKIP
-from tq_ao.evaluation.simulate import LayerPlan
 from tq_ao.footprint import maps_bytes
+from tq_ao.measure.capture import trace, window_start
+from tq_ao.measure.evaluator import Evaluator
+from tq_ao.measure.metrics import SKIP
+from tq_ao.measure.simulate import LayerPlan
 from tq_ao.rotation import LayerMaps
 
 

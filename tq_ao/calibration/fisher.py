@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tq_ao.calibration.capture import AttentionCall, Trace
-from tq_ao.evaluation.simulate import requantize, softcapped, softmax_with_sink
+from tq_ao.measure.capture import AttentionCall, Trace
+from tq_ao.measure.simulate import requantize, softcapped, softmax_with_sink
 from tq_ao.rotation import LayerMaps
 
 

@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 import torch
 
-from tq_ao.calibration.capture import Trace, trace, window_start
 from tq_ao.calibration.fisher import Rows, fisher_kl, key_delta, sample_rows, value_delta
 from tq_ao.calibration.gain import compensated
 from tq_ao.calibration.journal import Journal
 from tq_ao.codebook import Role
-from tq_ao.evaluation.evaluator import Evaluator
-from tq_ao.evaluation.metrics import SKIP
-from tq_ao.evaluation.simulate import EXACT_BITS, LayerPlan, requantize
+from tq_ao.measure.capture import Trace, trace, window_start
+from tq_ao.measure.evaluator import Evaluator
+from tq_ao.measure.metrics import SKIP
+from tq_ao.measure.simulate import EXACT_BITS, LayerPlan, requantize
 from tq_ao.rotation import LayerMaps
 
 Metric = Literal["weight", "activation", "output", "taylor", "kl"]

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from tq_ao.calibration.capture import AttentionCall, Trace
-from tq_ao.evaluation.simulate import row_blocks, softcapped, softmax_with_sink
+from tq_ao.measure.capture import AttentionCall, Trace
+from tq_ao.measure.simulate import row_blocks, softcapped, softmax_with_sink
 
 PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")  # what models call W_o
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tq_ao.calibration.allocation import Schedule
-from tq_ao.evaluation.metrics import Metrics
+from tq_ao.measure.metrics import Metrics
 
 
 @dataclass(frozen=True)

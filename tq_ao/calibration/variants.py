@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
-from tq_ao.calibration.capture import trace, window_start
 from tq_ao.calibration.fisher import fisher_kl, sample_rows
 from tq_ao.calibration.gain import compensated
 from tq_ao.calibration.journal import Journal
 from tq_ao.calibration.sensitivity import bar, device_of, side_delta
 from tq_ao.calibration.statistics import LayerStatistics
 from tq_ao.calibration.transforms import KEY_CHOICES, VALUE_CHOICES, Side, joined, key_maps, value_maps
-from tq_ao.evaluation.metrics import SKIP
+from tq_ao.measure.capture import trace, window_start
+from tq_ao.measure.metrics import SKIP
 from tq_ao.rotation import LayerMaps
 
 PROBE_BITS = (2, 3)

@@ -12,9 +12,9 @@ from tq_ao.calibration.transforms import KEY_VARIANTS, VALUE_VARIANTS
 from tq_ao.calibration.variants import candidates, choose_variants
 from tq_ao.config import EXACT
 from tq_ao.evaluation.decoders import refit
-from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.setup import Setup, provenance
-from tq_ao.evaluation.simulate import LayerPlan
+from tq_ao.measure.evaluator import Evaluator
+from tq_ao.measure.simulate import LayerPlan
 from tq_ao.rotation import LayerMaps
 
 # (key, value) shares of the way from least squares to unbiased: see calibration.gain.

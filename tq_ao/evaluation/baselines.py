@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 from tq_ao.calibration.allocation import uniform
-from tq_ao.calibration.capture import Handler
 from tq_ao.evaluation.kivi import kivi
 from tq_ao.evaluation.kivi import stored_bits as kivi_bits
 from tq_ao.evaluation.lloyd import lloyd
 from tq_ao.evaluation.setup import Setup
 from tq_ao.evaluation.transformers_cache import BITS, KINDS, transformers_quantized, unavailable
 from tq_ao.evaluation.transformers_cache import stored_bits as transformers_bits
+from tq_ao.measure.capture import Handler
 
 
 @dataclass(frozen=True)

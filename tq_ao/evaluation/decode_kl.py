@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from tq_ao.cache import TurboQuantCache, cache_argument
-from tq_ao.evaluation.metrics import SKIP, Metrics, TokenScores, joined, score, summarize
+from tq_ao.measure.metrics import SKIP, Metrics, TokenScores, joined, score, summarize
 
 
 @torch.no_grad()

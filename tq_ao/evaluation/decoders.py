@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import torch
 
-from tq_ao.calibration.capture import Trace, trace
 from tq_ao.calibration.sensitivity import bar, device_of
 from tq_ao.calibration.statistics import packed_rows, pair_weights
-from tq_ao.evaluation.simulate import LayerPlan
+from tq_ao.measure.capture import Trace, trace
+from tq_ao.measure.simulate import LayerPlan
 from tq_ao.reference import rounded
 from tq_ao.rotation import LayerMaps, one_by_one
 

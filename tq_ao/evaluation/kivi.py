@@ -6,8 +6,8 @@ minimum per group: bits + 32 / group stored bits per value.  The window and sink
 
 import torch
 
-from tq_ao.calibration.capture import AttentionCall, Handler, exact
-from tq_ao.evaluation.simulate import mixed_attention
+from tq_ao.measure.capture import AttentionCall, Handler, exact
+from tq_ao.measure.simulate import mixed_attention
 
 GROUP = 32
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 import torch
 
-from tq_ao.calibration.capture import AttentionCall, Handler, exact
 from tq_ao.codebook import lloyd_max
-from tq_ao.evaluation.simulate import mixed_attention
+from tq_ao.measure.capture import AttentionCall, Handler, exact
+from tq_ao.measure.simulate import mixed_attention
 from tq_ao.rotation import LayerMaps
 
 

@@ -11,11 +11,11 @@ from tq_ao.calibration.repair import repair
 from tq_ao.calibration.sensitivity import Metric, Table, sensitivity
 from tq_ao.calibration.variants import Choice, choose_variants
 from tq_ao.evaluation.baselines import baselines
-from tq_ao.evaluation.evaluator import Evaluator
-from tq_ao.evaluation.metrics import Metrics
 from tq_ao.evaluation.setup import Setup, provenance
-from tq_ao.evaluation.simulate import LayerPlan
 from tq_ao.evaluation.transformers_cache import versions
+from tq_ao.measure.evaluator import Evaluator
+from tq_ao.measure.metrics import Metrics
+from tq_ao.measure.simulate import LayerPlan
 from tq_ao.rotation import LayerMaps
 
 

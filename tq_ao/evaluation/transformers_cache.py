@@ -14,8 +14,8 @@ import torch
 from transformers import QuantizedCache
 
 from tq_ao.cache import kv_heads
-from tq_ao.calibration.capture import AttentionCall, Handler, exact
-from tq_ao.evaluation.simulate import softcapped, softmax_with_sink
+from tq_ao.measure.capture import AttentionCall, Handler, exact
+from tq_ao.measure.simulate import softcapped, softmax_with_sink
 
 BITS = (2, 4)  # what both take: quanto has no 3 bits, hqq's 3-bit unpacking fails on tensors of four dimensions
 GROUP = 64  # transformers' default

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import torch
 
-from tq_ao.calibration.capture import Handler, exact, intercept
-from tq_ao.evaluation.metrics import SKIP, Metrics, score, summarize
-from tq_ao.evaluation.simulate import LayerPlan, handler
+from tq_ao.measure.capture import Handler, exact, intercept
+from tq_ao.measure.metrics import SKIP, Metrics, score, summarize
+from tq_ao.measure.simulate import LayerPlan, handler
 
 
 class Evaluator:

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from tq_ao.calibration.capture import AttentionCall, Handler, exact
+from tq_ao.measure.capture import AttentionCall, Handler, exact
 from tq_ao.reference import rounded
 from tq_ao.rotation import LayerMaps
 

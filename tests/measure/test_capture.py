@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTBigCodeConfig, GPTNeoXConfig, OPTConfig, PhiConfig
 
 from tq_ao.calibration.calibrate import calibrate, collect
-from tq_ao.calibration.capture import exact, intercept, trace, window_start
 from tq_ao.calibration.statistics import LayerStatistics, accumulate, pair_weights
 from tq_ao.evaluation.setup import plain_maps
+from tq_ao.measure.capture import exact, intercept, trace, window_start
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import pytest
 import tiny
 import torch
 
-from tq_ao.evaluation.evaluator import Evaluator
 from tq_ao.evaluation.kivi import kivi, min_max
-from tq_ao.evaluation.metrics import joined, score, summarize
 from tq_ao.evaluation.setup import plain_maps
-from tq_ao.evaluation.simulate import LayerPlan
+from tq_ao.measure.evaluator import Evaluator
+from tq_ao.measure.metrics import joined, score, summarize
+from tq_ao.measure.simulate import LayerPlan
 
 
 def test_score_by_definition(rng):

@@ -5,10 +5,10 @@ import pytest
 import tiny
 import torch
 
-from tq_ao.calibration.capture import exact, trace
 from tq_ao.calibration.gain import compensated, gain
 from tq_ao.evaluation.setup import plain_maps
-from tq_ao.evaluation.simulate import LayerPlan, mixed_attention, requantize_layer
+from tq_ao.measure.capture import exact, trace
+from tq_ao.measure.simulate import LayerPlan, mixed_attention, requantize_layer
 from tq_ao.reference import rounded
 
 

@@ -10,6 +10,7 @@ Row lengths are read from device memory; the grids depend on shapes and the numb
 captured CUDA graph replays correctly while the cache grows.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,13 +19,12 @@ import triton
 
 from .combine import combine_kernel
 from .decode_portable import portable_splits_kernel
-from .encode import launches_early, operand_type
+from .encode import launches_early, operand_type, shared_kib
 from .operands import contiguous
 from .query import check_queries, prepare_kernel
 
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 512
-FEW_SPLITS = 8  # the merge has them at once in any shape
 MIN_STEPS, MIN_TILES = 3, 4  # softmax steps, and tiles, that are worth a program and a partial result
 # Of a split, on average.  It adds up codes counted from zero and takes the middle level off at its end: what is left
 # of a flat softmax over n tokens is 1 / sqrt(n) of the sum, so float32 rounding grows with n.
@@ -73,27 +73,38 @@ class Config(NamedTuple):
     chunk: int
 
 
-def configure(head_dim: int, head_tiles: int, tile_bytes: int, tiles: int, work: int) -> Config:
+def configure(head_dim: int, head_tiles: int, tile_bytes: int, *, row_tiles: int, work: int, shared: int) -> Config:
     """The launch of the Gluon kernel for a shape.
 
     The four schedulers of a multiprocessor have as many programs each: others were 15 to 30 % slower.  Two tiles to a
-    step keep more bytes under way and take fewer instructions; one shares short rows out more evenly.
+    step keep more bytes under way and take fewer instructions; one shares short rows out more evenly.  What is short
+    was measured on an H100.
 
     Args:
         head_tiles: tiles of 8 query heads to a KV head.
         tile_bytes: codes and scales of a tile, keys and values.
-        tiles: packed tiles that a row has room for.
+        row_tiles: packed tiles that a row has room for.
         work: tiles to a multiprocessor, of all rows, KV heads and pairs of head tiles.
+        shared: KiB of shared memory in a multiprocessor.
     """
     together = min(head_tiles, 2 if head_dim <= 128 else 1)
+    registers, resident = (255, 8) if together == 2 or head_dim > 128 else (168, 12)
     # Exact tokens pass through shared memory in turns; more turns to a program make fewer partial results.
     chunk = 96 if head_dim <= 64 else 64 if head_dim <= 128 else 32
+
+    def fitting(tiles: int) -> int:
+        exact = 4 * head_dim * (32 if head_dim <= 128 else 16)  # keys and values, before the ring takes their place
+        fit = min(resident, 1024 * shared // (max(2 * tiles * tile_bytes, exact) + 1024))  # CUDA takes 1 KiB of each
+        return max(1, fit // 4 * 4 or fit)
+
     if head_dim > 128:
-        return Config(together, tiles=1, registers=255, resident=8, chunk=chunk)
-    if together == 2:
-        return Config(together, tiles=2 if work >= 8 * 24 else 1, registers=255, resident=8, chunk=chunk)
-    short = tile_bytes >= 2400 and tiles <= (128 if tile_bytes < 4096 else 256)
-    return Config(together, tiles=1 if short else 2, registers=168, resident=12, chunk=chunk)
+        two = False
+    elif together == 2:  # with fewer bits than 5 of both at D = 128 two tiles spill
+        two = min(row_tiles, work // resident) >= 24 and (head_dim < 128 or tile_bytes >= 2500)
+    else:
+        two = tile_bytes < 2400 or row_tiles > (128 if tile_bytes < 4096 else 256)
+    tiles = 2 if two and fitting(2) == fitting(1) else 1
+    return Config(together, tiles, registers, fitting(tiles), chunk)
 
 
 class MergeConfig(NamedTuple):
@@ -116,12 +127,13 @@ def merge_config(head_dim: int, rows: int, splits: int, multiprocessors: int) ->
     columns, queries = min(64, padded) if padded <= 256 else 32, 8
     while queries > 1 and rows // queries * triton.cdiv(head_dim, columns) < 0.95 * multiprocessors:
         queries //= 2
-    if padded == 128 and queries >= 4 and FEW_SPLITS < splits <= 32:  # all at once, by half the programs
+    if padded == 128 and queries >= 4 and 8 < splits <= 32:  # all at once, by half the programs
         return MergeConfig(columns, 8, 1, 32)
     dim_warps = min(8 // queries, padded // 16)
-    parts = FEW_SPLITS if splits <= FEW_SPLITS else 2048 * dim_warps // padded  # at most 64 numbers of them to a thread
-    if splits > parts > 16 and triton.cdiv(rows, queries) * triton.cdiv(head_dim, columns) > multiprocessors:
-        parts //= 2  # more than once, in registers that two programs to a multiprocessor share
+    parts = 8 if splits <= 8 else 2048 * dim_warps // padded  # at most 64 numbers of them to a thread
+    programs = triton.cdiv(rows, queries) * triton.cdiv(head_dim, columns)
+    if padded <= 256 and splits > parts > 16 and programs > multiprocessors:
+        parts //= 2  # in 128 registers, so that two programs share a multiprocessor and all run at once
     return MergeConfig(columns, queries, dim_warps, parts)
 
 
@@ -144,10 +156,14 @@ def _readable_by_gluon(*exact: torch.Tensor) -> bool:
     )  # fmt: skip
 
 
-def plan(programs: int, tiles: int, exact_tokens: int, slots: int, config: Config, at_once: int = 1) -> tuple[int, int]:
+def plan(
+    programs: int, tiles: int, exact_tokens: int, slots: int, config: Config, at_once: Callable[[int], int]
+) -> tuple[int, int]:
     """How the work of a (row, KV head, head tile) is shared among `slots / programs` programs that run at once.
 
-    The merge takes `at_once` splits at a time: few more are not worth another turn.
+    Args:
+        at_once: how many of so many splits the merge takes at a time.  A last turn for a few of them takes it as long
+            as a split takes for three tiles: they are left out if the others get no more than that.
 
     Returns:
         Splits of the sequence, and exact tokens to a chunk; the first splits take a chunk each, and fewer tiles.
@@ -155,10 +171,11 @@ def plan(programs: int, tiles: int, exact_tokens: int, slots: int, config: Confi
     room = max(1, slots // programs)
     least = triton.cdiv(tiles * TILE + 16 * exact_tokens, MAX_SPLIT_TOKENS)  # in bytes an exact token is 16 of 1 bit
     useful = triton.cdiv(tiles, max(MIN_TILES, MIN_STEPS * config.tiles)) + triton.cdiv(exact_tokens, TILE)
-    splits = min(room, useful, MAX_SPLITS)
-    if splits % at_once <= splits // 5:
-        splits -= splits % at_once
-    splits = max(1, least, splits)
+    splits = max(1, min(room, useful, MAX_SPLITS))
+    few = splits % at_once(splits)
+    if few <= splits // 5 and tiles * few <= 3 * splits * (splits - few):
+        splits -= few
+    splits = max(least, splits)
     return splits, max(config.chunk, TILE * triton.cdiv(exact_tokens, TILE * splits))
 
 
@@ -233,7 +250,8 @@ def decode_attention(
     sinks, capacity = k_sinks.shape[2], k_recent.shape[2]
     sms = _multiprocessors(device)
     tile_bytes = TILE * dim * (k_bits + v_bits) // 8 + 4 * TILE
-    config = configure(dim, head_tiles, tile_bytes, tiles, batch * heads * triton.cdiv(head_tiles, 2) * tiles // sms)
+    work = batch * heads * triton.cdiv(head_tiles, 2) * tiles // sms
+    config = configure(dim, head_tiles, tile_bytes, row_tiles=tiles, work=work, shared=shared_kib(device))
     programs = batch * heads * triton.cdiv(head_tiles, config.head_tiles)
     # The Gluon kernel attends to a 16-bit window itself, at the same time as to the packed tiles.
     separate = not use_gluon or not _readable_by_gluon(k_sinks, v_sinks, k_recent, v_recent)
@@ -241,8 +259,10 @@ def decode_attention(
     exact_tokens = max(1, sinks + (min(window + TILE, capacity) if capacity else 0))
     slots = sms * config.resident
     half_precision = q.dtype.itemsize == 2 and k_recent.dtype.itemsize == 2
-    at_once = merge_config(dim, rows, FEW_SPLITS + 1, sms).parts if use_gluon else 1
-    splits, chunk = plan(programs, tiles, 0 if separate else exact_tokens, slots, config, at_once)
+    splits, chunk = plan(
+        programs, tiles, 0 if separate else exact_tokens, slots, config,
+        lambda splits: merge_config(dim, rows, splits, sms).parts,
+    )  # fmt: skip
     if separate:
         chunk = 64 if half_precision or padded <= 128 else 32  # what shared memory holds
     chunks = triton.cdiv(exact_tokens, chunk)

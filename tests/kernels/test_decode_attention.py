@@ -248,10 +248,10 @@ def test_merges_many_splits_of_many_queries(
     from tq_ao.kernels import decode_attention as module
 
     monkeypatch.setattr(module, "plan", lambda *_: (splits, 32))
+    monkeypatch.setattr(module, "_multiprocessors", lambda _: 132)
     poison_empty(monkeypatch)
     case = Case(head_dim=128, lengths=tuple(range(100, 1900, 200)), heads=4, group=8, dtype=torch.bfloat16)
-    merge = module.merge_config(128, 288, splits, module._multiprocessors(cuda))
-    assert merge.parts < splits
+    assert module.merge_config(128, 288, splits, 132).parts == 16
     assert error(case, make(case, rng), module.decode_attention, "gluon") < 4e-3
 
 
@@ -263,9 +263,10 @@ def test_two_tiles_to_a_step(
     """As of long rows; here odd and even numbers of tiles, and none."""
     from tq_ao.kernels import decode_attention as module
 
-    long = module.configure(head_dim, -(-group // 8), 4 * head_dim * 6, tiles=10_000, work=10_000)
+    tile_bytes = 4 * head_dim * 6 + 128
+    long = module.configure(head_dim, -(-group // 8), tile_bytes, row_tiles=10_000, work=10_000, shared=228)
     assert (long.head_tiles, long.tiles) == (1 + (group > 8), 2)
-    monkeypatch.setattr(module, "configure", lambda *_: long)
+    monkeypatch.setattr(module, "configure", lambda *_, **__: long)
     case = Case(head_dim=head_dim, group=group, lengths=(1900, 300, 230, 20), heads=2, dtype=torch.bfloat16)
     assert error(case, make(case, rng), module.decode_attention, "gluon") < 4e-3
 
@@ -343,20 +344,82 @@ def test_splits_share_exact_tokens_and_steps_evenly(seed: int) -> None:
             assert max(shares[:chunks], default=0) <= 1
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "group", "bits", "row_tiles", "work", "shared", "expected"),
+    [
+        (128, 4, 3, 128, 0, 228, (1, 1, 12)),  # a row of 4096 tokens is short
+        (128, 4, 3, 129, 0, 228, (1, 2, 12)),
+        (128, 4, 4, 256, 0, 228, (1, 1, 12)),
+        (128, 4, 4, 257, 0, 228, (1, 2, 12)),
+        (128, 4, 2, 16, 0, 228, (1, 2, 12)),  # small tiles are never alone
+        (64, 8, 3, 16, 0, 228, (1, 2, 12)),
+        (96, 1, 3, 16, 0, 228, (1, 1, 12)),
+        (96, 1, 3, 200, 0, 228, (1, 2, 12)),
+        (128, 4, 8, 1000, 0, 228, (1, 1, 12)),  # two of 8 KiB would leave room for six programs
+        (128, 16, 3, 1000, 191, 228, (2, 1, 8)),
+        (128, 16, 3, 1000, 192, 228, (2, 2, 8)),
+        (128, 16, 3, 23, 1000, 228, (2, 1, 8)),
+        (128, 16, 2, 1000, 192, 228, (2, 1, 8)),  # would spill
+        (64, 16, 2, 1000, 192, 228, (2, 2, 8)),
+        (256, 16, 3, 1000, 1000, 228, (1, 1, 8)),
+        (128, 4, 3, 1000, 0, 164, (1, 2, 8)),
+        (128, 4, 3, 1000, 0, 100, (1, 2, 4)),
+        (256, 8, 8, 1000, 0, 100, (1, 1, 3)),
+    ],
+)
+def test_configure(
+    head_dim: int, group: int, bits: int, row_tiles: int, work: int, shared: int, expected: tuple[int, int, int]
+) -> None:
+    """Head tiles, tiles to a step and programs to a multiprocessor, each side of every limit."""
+    from tq_ao.kernels.decode_attention import configure
+
+    tile_bytes = TILE * head_dim * 2 * bits // 8 + 4 * TILE
+    config = configure(head_dim, -(-group // 8), tile_bytes, row_tiles=row_tiles, work=work, shared=shared)
+    assert (config.head_tiles, config.tiles, config.resident) == expected
+
+
+@pytest.mark.parametrize(
+    ("programs", "tiles", "at_once", "expected"),
+    [
+        (48, 512, 32, 32),  # 33 programs run at once
+        (40, 512, 32, 32),  # 39: the others get 2.9 tiles more each
+        (40, 1024, 32, 39),  # 5.7
+        (36, 512, 32, 44),  # a quarter
+        (24, 1024, 64, 64),
+        (8, 50_000, 128, 198),
+        (176, 200, 8, 8),
+        (400, 200, 8, 3),
+    ],
+)
+def test_plans_leave_out_what_takes_the_merge_another_turn(
+    programs: int, tiles: int, at_once: int, expected: int
+) -> None:
+    from tq_ao.kernels.decode_attention import configure, plan
+
+    config = configure(128, 1, 3200, row_tiles=tiles, work=0, shared=228)
+    assert plan(programs, tiles, 164, 132 * config.resident, config, lambda _: at_once)[0] == expected
+
+
 def test_plans_leave_no_exact_token_without_a_split(seed: int) -> None:
     """Of any shape: a chunk each for the first splits, none more than a split adds up exactly, none for nothing."""
-    from tq_ao.kernels.decode_attention import MAX_SPLIT_TOKENS, configure, plan
+    from tq_ao.kernels.decode_attention import MAX_SPLIT_TOKENS, MAX_SPLITS, configure, merge_config, plan
 
     draw = random.Random(seed)
     for _ in range(3000):
         programs, tiles = int(2 ** draw.uniform(0, 16)), int(2 ** draw.uniform(0, 15)) - draw.randint(0, 1)
-        head_dim, head_tiles = draw.choice([32, 64, 96, 128, 160, 256]), draw.randint(1, 4)
-        config = configure(head_dim, head_tiles, draw.choice([1000, 3000]), tiles, draw.choice([0, 1000]))
+        head_dim, head_tiles = draw.choice([32, 64, 96, 128, 160, 256, 288]), draw.randint(1, 4)
+        tile_bytes = TILE * head_dim * draw.randint(2, 16) // 8 + 4 * TILE
+        work, shared, sms = draw.choice([0, 1000]), draw.choice([64, 100, 164, 228]), draw.choice([80, 132, 148])
+        config = configure(head_dim, head_tiles, tile_bytes, row_tiles=tiles, work=work, shared=shared)
+        assert 1 <= config.resident <= 12 and (config.resident < 4 or config.resident % 4 == 0)
+        rows = programs * draw.randint(1, 16)
         exact = draw.choice([0, 1, draw.randint(1, 400), draw.randint(1, 5000)])
+        slots = sms * config.resident
         splits, chunk = plan(
-            programs, tiles, exact, draw.choice([80, 132, 148]) * config.resident, config, draw.choice([1, 8, 32, 128])
-        )
-        assert splits >= 1 and chunk % TILE == 0 and chunk >= config.chunk
+            programs, tiles, exact, slots, config,
+            lambda splits, shape=(head_dim, rows, sms): merge_config(*shape[:2], splits, shape[2]).parts,
+        )  # fmt: skip
+        assert 1 <= splits <= MAX_SPLITS and chunk % TILE == 0 and chunk >= config.chunk
         assert -(-exact // chunk) <= splits
         assert tiles * TILE / splits <= MAX_SPLIT_TOKENS
 

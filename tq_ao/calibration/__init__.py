@@ -10,8 +10,8 @@
     result.schedule   {layer: (k_bits, v_bits)}         result.maps  {layer: LayerMaps} or None (plain)
     result.table      {(layer, "key"|"value", bits): KL}
 
-Steps, each a function of its own: `trace` (capture.py) runs a window and returns q, k, v, output and gradient of
-every layer; `collect` gathers statistics; `choose_variants` picks maps; `sensitivity` scores layers; `knapsack`
-allocates; `repair` improves by measured swaps; `measure.evaluator.Evaluator` measures.  That
-the result beats a uniform schedule on other text is for the caller to see: `tq_ao.convert` measures it.
+Steps, each a function of its own: `trace` (measure/capture.py) runs a window and returns q, k, v, output and gradient
+of every layer; `collect` gathers statistics; `choose_variants` picks maps; `sensitivity` scores layers; `knapsack`
+allocates; `repair` improves by measured swaps; `measure.evaluator.Evaluator` measures.  That the result beats a uniform
+schedule on other text is for the caller to see: `tq_ao.convert` measures it.
 """

@@ -566,6 +566,17 @@ def test_generate_compiles_decode_as_one_full_graph(kind, rng):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_the_first_call_of_a_model_compiles_as_one_full_graph(rng):
+    """Its random maps are drawn before."""
+    model, ids = quantize_kv_(tiny.model(), THREE), prompt(rng, 1, 100)
+    plain = copy.deepcopy(model)
+    torch._dynamo.reset()
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, **FULL}
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    ours = model.generate(ids, **options, cache_implementation="static")
+    assert_same_text(ours, 0, plain.generate(ids, **options), 0, within=1e-2)
+
+
 def test_static_cache_is_reused_between_generate_calls_unless_kept(rng):
     model, ids = tiny.model(), prompt(rng)
     quantize_kv_(model, THREE)

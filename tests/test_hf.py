@@ -313,6 +313,46 @@ def test_the_last_static_cache_serves_again_if_it_fits():
     assert roomy.get_max_length() == 1024
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_caches_made_under_inference_mode_serve_outside_it(kind, rng):
+    model, ids = quantize_kv_(tiny.model(kind), TurboQuantConfig(bits=8, **SMALL)), ids_for(rng)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    want = model.generate(ids, **options)
+    with torch.inference_mode():
+        growing = model(ids)[tiny.CACHE]
+        model.generate(ids, **options, cache_implementation="static")
+    assert torch.equal(model.generate(ids, **options, cache_implementation="static"), want)
+    with torch.no_grad():
+        growing.batch_repeat_interleave(2)
+        for at in (-8, -7):
+            step = model(want[:, at : at + 1].expand(2, 1), **{tiny.CACHE: growing}).logits
+            assert torch.equal(step[:, -1].argmax(-1), want[0, at + 1].expand(2))
+    if kind == "llama":
+        growing.crop(-2)
+
+
+def test_an_early_exit_drafts_with_a_cache_of_its_layers(rng):
+    model, ids = quantize_kv_(tiny.model(), TurboQuantConfig(k_bits=8, v_bits=8, **SMALL)), ids_for(rng)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 10, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options, assistant_early_exit=1), model.generate(ids, **options))
+
+
+def test_loaded_weights_are_not_quantised(tmp_path, rng):
+    """transformers refuses float, half and Trainer to models whose weights are."""
+    quantize_kv_(tiny.model(), TurboQuantConfig(**SMALL)).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.half().dtype == torch.float16 and model.float().dtype == torch.float32
+    assert not model.is_quantized and tokens(model, ids_for(rng)).shape == (1, 150)
+
+
+def test_attention_weights_are_none_and_that_is_said(rng, caplog):
+    model = quantize_kv_(tiny.model(), TurboQuantConfig(**SMALL))
+    hf.logger.warning_once.cache_clear()
+    with torch.no_grad():
+        assert not model(ids_for(rng), output_attentions=True).attentions
+    assert "keeps no weights" in caplog.text
+
+
 @pytest.mark.parametrize(("kind", "window"), [("llama", 0), ("gemma3", 24), ("gemma3", 256), ("gemma3", 400)])
 def test_a_chat_goes_on_beyond_the_static_cache_of_its_last_turn(kind, window, rng):
     """A window of 400 makes sliding layers that have to grow, too; one of 256 is as long as the first static cache."""

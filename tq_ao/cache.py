@@ -146,6 +146,8 @@ class TurboQuantCache(Cache):
             else:
                 layers.append(STATIC_LAYER_TYPE_MAPPING[kind](max_cache_len=max_cache_len, **extra))
         super().__init__(layers=layers)
+        for packed in self.packed_layers():
+            maps.draw(packed.index, kv_heads(text_config), head_dim(text_config))
         self.quantization = quantization
         self._kinds, self._room = list(zip(types, kwargs, strict=True)), max_cache_len
         for layer in self.packed_layers()[:1]:

@@ -5,6 +5,7 @@ A packed layer owns plain buffers (tiles, sinks, recent ring, length) that one m
 torch.compile a wrapper made before a write to its inner tensors would read the old data, silently.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ from tq_ao.tensor import TurboQuantTensor
 # up to 32 tokens (a rejected speculation) never needs a token whose exact copy is gone.
 RING_SLACK = 2 * TILE
 _BUFFERS = ("k_codes", "k_scales", "v_codes", "v_scales", "k_sinks", "v_sinks", "k_recent", "v_recent")
+
+
+def _ordinary() -> AbstractContextManager:
+    """Where buffers are made: one made under inference mode could not be written to after it."""
+    compiling = torch.compiler.is_compiling()  # to a graph, which has no such mode
+    return nullcontext() if compiling or not torch.is_inference_mode_enabled() else torch.inference_mode(False)
 
 
 class TurboQuantLayer(CacheLayerMixin):
@@ -73,6 +80,16 @@ class TurboQuantLayer(CacheLayerMixin):
             )
         devices.check(key_states.device)
         self.dtype, self.device, self.batch_size, self.head_dim = key_states.dtype, key_states.device, batch, dim
+        with _ordinary():
+            self._allocate(batch, heads, dim)
+        if self.is_compileable and not torch.compiler.is_compiling():
+            for tensor in (*self.buffers(), self.length, self.start, self.key_operands, self.value_operands):
+                if tensor is not None:
+                    torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def _allocate(self, batch: int, heads: int, dim: int) -> None:
+        """Maps, and buffers of an empty cache."""
         self.layer_maps = maps = self.maps(self.index, heads, dim, self.device)
         self.key_operands = self.value_operands = None
         if self.device.type != "cpu":  # on "meta" too, where bytes are counted
@@ -92,15 +109,10 @@ class TurboQuantLayer(CacheLayerMixin):
             setattr(self, f"{side}_recent", torch.zeros(batch, heads, ring, dim, dtype=self.dtype, device=self.device))
         self.length = torch.zeros((), dtype=torch.int64, device=self.device)
         self.written = torch.zeros_like(self.length)  # length the ring was written up to before the last crop
-        if self._first_start is None:
-            self.start = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        else:
-            self.start, self._first_start = self._first_start.to(self.device), None
-        if self.is_compileable and not torch.compiler.is_compiling():
-            for tensor in (*self.buffers(), self.length, self.start, self.key_operands, self.value_operands):
-                if tensor is not None:
-                    torch._dynamo.mark_static_address(tensor)
-        self.is_initialized = True
+        self.start = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        if self._first_start is not None:
+            self.start.copy_(self._first_start)
+            self._first_start = None
 
     def buffers(self) -> list[torch.Tensor]:
         """Codes, scales, sinks and rings of K and V: everything that grows with the batch or the length."""
@@ -218,7 +230,8 @@ class TurboQuantLayer(CacheLayerMixin):
         """Buffers for `tiles` tiles, with the ones there are."""
         for name in _BUFFERS[:4]:
             old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:2], tiles, old.shape[3])
+            with _ordinary():
+                new = old.new_zeros(*old.shape[:2], tiles, old.shape[3])
             new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 
@@ -318,8 +331,9 @@ class TurboQuantLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the given rows; the batch size becomes len(indices)."""
         if self.is_initialized:
-            for name in (*_BUFFERS, "start"):
-                setattr(self, name, getattr(self, name).index_select(0, indices.to(self.device)))
+            with _ordinary():
+                for name in (*_BUFFERS, "start"):
+                    setattr(self, name, getattr(self, name).index_select(0, indices.to(self.device)))
             self.batch_size = self.start.shape[0]
 
     def offload(self) -> None:

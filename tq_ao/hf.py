@@ -65,7 +65,8 @@ class Attachment:
     def __init__(self, model_config: PreTrainedConfig, quantization: TurboQuantConfig, maps: MapSource) -> None:
         self._model_config, self.quantization, self.maps = model_config, quantization, maps
         self._last = _Slot(None)
-        self._last_kind: tuple[torch.device, torch.dtype] | None = None
+        self._last_kind: tuple[torch.device, torch.dtype, bool] | None = None
+        self.make_cache()  # draws random maps, which a compiled program could not
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of a model go without its last cache."""
@@ -73,7 +74,10 @@ class Attachment:
 
     def make_cache(self, max_cache_len: int | None = None) -> TurboQuantCache:
         """A new cache: growing, or static for `max_cache_len` tokens."""
-        return TurboQuantCache(self._model_config, self.quantization, self.maps, max_cache_len)
+        # Whether the schedule is this model's was checked; drafts of an early exit have fewer layers for a while.
+        return TurboQuantCache(
+            self._model_config, replace(self.quantization, num_layers=None), self.maps, max_cache_len
+        )
 
     def static_cache(
         self, max_cache_len: int, batch_size: int, device: torch.device, dtype: torch.dtype
@@ -83,19 +87,21 @@ class Attachment:
         The same buffers mean the same captured graphs.  "Nobody kept it" is its reference count.
         """
         size = static_length(max_cache_len)
+        # A sliding layer's buffers made under inference mode could not be emptied after it.
+        kind = device, dtype, torch.is_inference_mode_enabled()
         alone = self._last.references() <= _OURS_ALONE  # before the next line refers to it too
         last = self._last.item
         if (
             alone
             and isinstance(last, TurboQuantCache)
-            and self._last_kind == (device, dtype)
+            and self._last_kind == kind
             and last.get_max_length() >= size
             and last.batch_size in (-1, batch_size)
         ):
             last.reset()
             return last
         new = self.make_cache(size)
-        self._last, self._last_kind = _Slot(new), (device, dtype)
+        self._last, self._last_kind = _Slot(new), kind
         return new
 
 
@@ -355,4 +361,9 @@ class _BeforeDecoder:
             tokens = args[0] if tokens is None else tokens
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
             cache.observe_mask(mask, tokens.shape[1])
+            if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
+                logger.warning_once(
+                    "output_attentions: attention to a packed cache keeps no weights and returns none; for them, load "
+                    "the original model with attn_implementation='eager'"
+                )
         return args, kwargs

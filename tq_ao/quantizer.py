@@ -62,6 +62,7 @@ class TurboQuantHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from tq_ao import hf
 
+        model.is_quantized = False  # its weights are not: transformers would refuse float(), half() and training
         return hf.attach_checkpoint(model, self.quantization_config.kv_cache_scheme, self._folder)
 
     def is_serializable(self) -> bool:

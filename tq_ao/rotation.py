@@ -150,7 +150,18 @@ class MapSource:
     def __init__(self, kind: str, seed: int, calibrated: Mapping[int, LayerMaps] | None = None) -> None:
         self.kind, self.seed = kind, seed
         self.calibrated = dict(calibrated or {})
+        self._drawn: dict[tuple[int, int, int], LayerMaps] = {}
         self._built: dict[tuple[int, torch.device], LayerMaps] = {}
+
+    def draw(self, layer: int, heads: int, dim: int) -> LayerMaps:
+        """Maps of one layer where they were made; random ones are drawn now, which a compiled program cannot do."""
+        if layer in self.calibrated:
+            return self.calibrated[layer]
+        key = layer, heads, dim
+        if key not in self._drawn:
+            with torch.device("cpu"), torch.inference_mode(False):
+                self._drawn[key] = rotation_maps(self.kind, heads, dim, self.seed * 1_000_003 + layer)
+        return self._drawn[key]
 
     def __call__(self, layer: int, heads: int, dim: int, device: torch.device) -> LayerMaps:
         """Maps of one layer on a device.
@@ -160,8 +171,7 @@ class MapSource:
         """
         found = self._built.get((layer, device))
         if found is None:
-            found = self.calibrated.get(layer) or rotation_maps(self.kind, heads, dim, self.seed * 1_000_003 + layer)
-            found = self._built[layer, device] = found.to(device)
+            found = self._built[layer, device] = self.draw(layer, heads, dim).to(device)
         if found.key.shape != (heads, dim, dim):
             raise ValueError(
                 f"layer {layer}: expected maps for {heads} KV heads of dim {dim}, got {tuple(found.key.shape)}; "

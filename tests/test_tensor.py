@@ -118,7 +118,7 @@ def test_any_map_and_shift(rng: torch.Generator, role: Role) -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: TurboQuantTensor.from_hp(torch.zeros(4, 32, 64)), r"expected floating point x \[B, H, S, D\], got"),
+        (lambda: TurboQuantTensor.from_hp(torch.zeros(4, 32, 64)), r"point x \[B, H, S, D\], H > 0, got"),
         (lambda: TurboQuantTensor.from_hp(torch.zeros(1, 1, 32, 64).int()), r"got torch.int32"),
         (lambda: TurboQuantTensor.from_hp(torch.zeros(1, 1, 32, 64), 5), r"expected bits in .* got 5"),
         (lambda: TurboQuantTensor.from_hp(torch.zeros(1, 1, 32, 64), role="query"), r"expected role in"),

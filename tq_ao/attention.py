@@ -8,8 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tq_ao.tensor import TurboQuantTensor, packed_attention
-
-ATTENTION_NAME = "turboquant"
+from tq_ao.tensor_ops import ATTENTION_NAME
 
 
 def turboquant_attention(

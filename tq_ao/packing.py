@@ -56,14 +56,14 @@ def tile_bytes(bits: int, head_dim: int) -> int:
     """Bytes of one packed tile of 32 tokens.
 
     Raises:
-        ValueError: head_dim is not a positive multiple of 32, or bits is unsupported.
+        ValueError: head_dim is not a positive multiple of 32, or bits is no int of `BITS` (3.0 and True are none).
     """
     if head_dim <= 0 or head_dim % 32:
         raise ValueError(
             f"expected head_dim to be a positive multiple of 32, got {head_dim}; layout v2 has no other shapes"
         )
-    if bits not in BITS:
-        raise ValueError(f"expected bits in {BITS}, got {bits!r}; choose one of those widths")
+    if not isinstance(bits, int | torch.SymInt) or isinstance(bits, bool) or bits not in BITS:
+        raise ValueError(f"expected bits in {BITS}, an int, got {bits!r}; choose one of those")
     return TILE * head_dim * bits // 8
 
 
@@ -116,6 +116,9 @@ def pack(codes: torch.Tensor, bits: int, role: Role) -> torch.Tensor:
     nbytes = tile_bytes(bits, head_dim)
     if tokens % TILE:
         raise ValueError(f"expected a multiple of {TILE} tokens, got {tokens}; pad the last tile")
+    if not codes.numel():  # its strides are whatever they are: `contiguous` does nothing, the view below is refused
+        _check_role(role)
+        return codes.new_empty(*lead, tokens // TILE, nbytes, dtype=torch.uint8)
     tiles = codes.reshape(*lead, tokens // TILE, TILE, head_dim).to(torch.int32)
     q = to_fragments(tiles, role).unflatten(-1, (-1, 32))  # [..., T, lane, group, 32]
     if bits == 8:
@@ -175,6 +178,8 @@ def unpack(packed: torch.Tensor, bits: int, head_dim: int, role: Role) -> torch.
             "bits and head_dim are those the tile was packed with"
         )
     *lead, tiles, _ = packed.shape
+    if not packed.numel():  # as in `pack`
+        return packed.new_empty(*lead, tiles * TILE, head_dim)
     groups = head_dim // 32
     if bits == 8:
         words = packed.contiguous().view(torch.int32).unflatten(-1, (bits, 32, groups))

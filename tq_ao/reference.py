@@ -176,6 +176,46 @@ def packed_tokens(n: int, sinks: int, window: int, capacity: int) -> int:
     return max(0, n - sinks) if capacity == 0 else max(0, n - sinks - window) // TILE * TILE
 
 
+def in_place(
+    x: torch.Tensor, sinks: torch.Tensor, recent: torch.Tensor, new: torch.Tensor | None, length: torch.Tensor,
+    start: torch.Tensor, tokens: int, window: int,
+) -> torch.Tensor:  # fmt: skip
+    """A cache as one dense tensor: row b's token t at position start[b] + t, zeros where no token is.
+
+    Args:
+        x: [B, H, T*32, D], the packed tokens, reconstructed; its dtype is the result's.
+        sinks, recent, length, start, window: a layer's cache as in `append_`.
+        new: exact tokens [B, H, q, D] that follow the cache, or None.
+        tokens: positions to give.
+
+    Returns:
+        [B, H, tokens, D].
+    """
+    batch, heads, _, dim = x.shape
+    first, capacity = sinks.shape[2], recent.shape[2]
+    position = torch.arange(tokens, device=x.device)
+    t = position - start[:, None]  # [B, tokens]
+    n = (length - start).clamp_min(0)[:, None]
+    packed = n - first if capacity == 0 else (n - first - window).clamp_min(0) // TILE * TILE
+    u = t - first
+
+    def rows(source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        index = index.clamp(0, source.shape[2] - 1)[:, None, :, None].expand(batch, heads, tokens, dim)
+        return source.gather(2, index)
+
+    out = torch.zeros(batch, heads, tokens, dim, dtype=x.dtype, device=x.device)
+    parts = [(x, u, (u >= 0) & (u < packed)), (sinks, t, (t >= 0) & (t < first) & (t < n))]
+    if capacity:
+        parts.append((recent, u % capacity, (u >= packed) & (u >= 0) & (t < n)))
+    if new is not None:
+        i = (position - length).expand_as(t)
+        parts.append((new, i, (i >= 0) & (i < new.shape[2]) & (t >= 0)))
+    for source, index, where in parts:
+        if source.shape[2]:
+            out = torch.where(where[:, None, :, None], rows(source.to(x.dtype), index), out)
+    return out
+
+
 def _rows(start: torch.Tensor) -> Iterator[tuple[int, slice | torch.Tensor]]:
     """(start, rows) for each group of rows that begin at the same position."""
     values = start.tolist()

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
+ATTENTION_NAME = "turboquant"
+# Other implementations (eager, sdpa, flash) begin with one of the operations refused here.
+IN_A_MODEL = (
+    f"in a model: a packed cache needs the attention implementation {ATTENTION_NAME!r}, which quantize_kv_ sets"
+)
+
 _PER_TOKEN = ("codes", "scales", "sinks", "recent", "new")  # [B, H, ...]
 _PER_HEAD = ("encode_map", "decode_map", "shift")  # [H, ...]
 
@@ -85,7 +91,7 @@ def unsqueeze(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if x.dim() != 3 or dim not in (0, -4):
         raise NotImplementedError(
             f"{type(x).__name__} unsqueezes [H, S, D] at dim 0 only, got dim {dim} of {tuple(x.shape)}; "
-            "call .dequantize() to get a dense tensor"
+            f"call .dequantize() to get a dense tensor; {IN_A_MODEL}"
         )
     per_batch = (name for name in (*_PER_TOKEN, "start") if getattr(x, name) is not None)
     out = x.replace(**{name: getattr(x, name).unsqueeze(0) for name in per_batch})
@@ -114,6 +120,11 @@ def to(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def copy_(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, source = args[:2]
+    if not hasattr(x, "__tensor_flatten__"):
+        raise NotImplementedError(
+            f"{type(source).__name__} {tuple(source.shape)} cannot be copied into a dense tensor; call .dequantize() "
+            "first"
+        )
     names, attributes = x.__tensor_flatten__()
     if type(source) is not type(x) or source.__tensor_flatten__() != (names, attributes):
         raise ValueError(

@@ -143,6 +143,7 @@ def test_every_kind_of_model_is_calibrated(model_type, run):
     assert report["kl"] <= report["max_kl"] == 0.01 and report["average_bits"] < 4
 
 
+TEXT = r"\['source', 'windows', 'length', 'recall'\]"
 GOOD = {"model": "m", "bits": 3, "target": "a", "targets": {"a": {}, "b": {"bits": 2, "calibration": {"length": 512}}}}
 
 
@@ -208,7 +209,27 @@ def test_targets_change_what_they_name_and_nothing_else(tmp_path):
             )
             for value in ("yes please", 1, 0.0)
         ),
-        ({"targets": {"a": {"calibration": {"lenght": 512}}}}, None, "target a: .*'lenght'"),
+        *(
+            (
+                {"targets": {"a": {name: {"lenght": 512, 5: 6}}}},
+                None,
+                rf"target a: unknown keys \[5, 'lenght'\] in {name}; expected some of {TEXT}",
+            )
+            for name in ("calibration", "verification")
+        ),
+        (
+            {"targets": {"a": {"calibration": 5}}},
+            None,
+            f"target a: expected calibration to be a mapping of {TEXT}, got 5",
+        ),
+        ({"verification": [5]}, "a", rf"target a: expected verification to be a mapping of {TEXT}, got \[5\]"),
+        ({"verification": 5}, "b", f"target a: expected verification to be a mapping of {TEXT}, got 5"),
+        ({"calibration": 5}, "b", f"target a: expected calibration to be a mapping of {TEXT}, got 5"),
+        (
+            {"targets": {"a": {"verification": {"windows": 0}}}},
+            None,
+            "target a: verification: expected windows >= 1 and",
+        ),
     ],
 )
 def test_mistakes_in_targets(change, target, says, tmp_path):
@@ -236,6 +257,18 @@ def test_mistakes_in_schedules(pair, says, tmp_path):
         load(path)
     with pytest.raises(ValueError, match="expected layer x"):
         read_schedule({"x": [3, 3]})
+
+
+def test_mistakes_in_a_recipe_without_targets(tmp_path):
+    path = tmp_path / "r.yaml"
+    for more, says in (
+        ({"calibration": {"winds": 3}}, rf"unknown keys \['winds'\] in calibration; expected some of {TEXT}"),
+        ({"calibration": None}, f"expected calibration to be a mapping of {TEXT}, got None"),
+        ({"winds": 3, 4: 5}, r"unknown keys \[4, 'winds'\]; expected some of \['bits', "),
+    ):
+        path.write_text(yaml.safe_dump({"model": "m", **more}))
+        with pytest.raises(ValueError, match=f"r.yaml: {says}"):
+            load(path)
 
 
 def test_a_recipe_by_its_name(tmp_path, monkeypatch, capsys):
@@ -288,3 +321,17 @@ def test_a_result_of_other_settings_is_not_shown(tmp_path):
         (results / "convert_smollm2-135m.json").write_text(json.dumps({**report, **change}))
         with pytest.raises(ValueError, match=r"convert_smollm2-135m\.json was measured with other settings than 3bit"):
             recipe_table.table(recipe.parent, results)
+
+
+def test_a_result_of_a_schedule_of_layers(tmp_path):
+    """`bits` are for layers that it does not name."""
+    path = tmp_path / "m.yaml"
+    path.write_text(yaml.safe_dump({"model": "m", "target": "a", "targets": {"a": {"schedule": {0: [4, 4]}}}}))
+    row = {"layer": 0, "k_bits": 4, "v_bits": 4}
+    report = {"window": 128, "sinks": 4, "average_bits": 3.5, "kl": 0.001, "schedule": [row, {**row, "layer": 1}]}
+    result = tmp_path / "convert_m.json"
+    result.write_text(json.dumps(report))
+    assert recipe_table.result_file(path, "a", tmp_path) == result
+    result.write_text(json.dumps({**report, "schedule": [{**row, "v_bits": 3}]}))
+    with pytest.raises(ValueError, match="was measured with other settings than a"):
+        recipe_table.result_file(path, "a", tmp_path)

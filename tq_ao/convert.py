@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,24 +57,27 @@ def convert(
 
     Raises:
         TurboQuantError, ValueError, OSError: one-line messages; nothing is left behind but the measurements of a
-            calibration that was cut off or missed `max_kl` or `max_ppl`, which the next run takes up.
+            calibration that was cut off or missed `max_kl` or `max_ppl`, which the next run takes up.  A note on the
+            exception says where they are (`__notes__`).
     """
     shown, output = output, Path(output).resolve()
     check_output(output)
     began = time.monotonic()
     job = load(recipe, token=token, device=device, dtype=dtype, say=say)
-    choose(job, journal=journal_path(output), progress=progress, say=say)
-    verify(job, progress=progress, say=say)
-    job.report.update(
-        repo_id=repo_id or Path(shown).as_posix(), command=command, seconds=round(time.monotonic() - began, 1)
-    )
-    changed = {} if job.folded is None else {job.stored[name]: w for name, w in job.folded.weights.items()}
-    if changed and (left := [file.name for file in other_weights(job.folder)]):
-        say(f"left out {', '.join(left)}: not the weights that the value maps are folded into")
-    write(
-        output, job.folder, job.model.turboquant.quantization, maps=job.maps, recipe=job.recipe.to_yaml(),
-        report=job.report, changed=changed,
-    )  # fmt: skip
+    journal = journal_path(output) if job.recipe.schedule == "auto" else None
+    with noting(journal, shown):
+        choose(job, journal=journal, progress=progress, say=say)
+        verify(job, progress=progress, say=say)
+        job.report.update(
+            repo_id=repo_id or Path(shown).as_posix(), command=command, seconds=round(time.monotonic() - began, 1)
+        )
+        changed = {} if job.folded is None else {job.stored[name]: w for name, w in job.folded.weights.items()}
+        if changed and (left := [file.name for file in other_weights(job.folder)]):
+            say(f"left out {', '.join(left)}: not the weights that the value maps are folded into")
+        write(
+            output, job.folder, job.model.turboquant.quantization, maps=job.maps, recipe=job.recipe.to_yaml(),
+            report=job.report, changed=changed,
+        )  # fmt: skip
     journal_path(output).unlink(missing_ok=True)
     say(f"written to {shown}")
     return job.report
@@ -84,12 +88,32 @@ def journal_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.calibration")
 
 
+@contextmanager
+def noting(journal: Path | None, shown: str | Path) -> Iterator[None]:
+    """Add to an exception where the measurements of a calibration are, if there is one, and what takes them up.
+
+    Without measurements nothing is left: the journal is removed.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if journal is None or not journal.exists():
+            pass
+        elif journal.read_text(encoding="utf-8").count("\n") > 1:  # the first line says what it is about
+            error.add_note(
+                f"what was measured is kept in {journal}: the same command goes on from there, and so does one with "
+                f"other limits and --output-dir {shown}; to start afresh remove that file"
+            )
+        else:
+            journal.unlink()
+        raise
+
+
 def choose(job: Conversion, *, journal: Path | None = None, progress: bool = False, say: Callable[[str], None]) -> None:
     """Fill in the schedule and the maps."""
     recipe, layers = job.recipe, quantizable_layers(job.model.config)
     if not isinstance(recipe.schedule, str):
-        base = recipe.uniform_below()
-        job.schedule = {i: recipe.schedule.get(i, (base.k_bits, base.v_bits)) for i in layers}
+        job.schedule = {i: recipe.schedule[i] for i in layers}
     elif recipe.schedule == "uniform":
         scheme = recipe.uniform()
         job.schedule = dict.fromkeys(layers, (scheme.k_bits, scheme.v_bits))
@@ -123,7 +147,7 @@ def cache_bytes(job: Conversion) -> dict[str, int]:
 def baseline(job: Conversion) -> LayerScheme:
     """What the attached schedule has to beat: the widest uniform one, with random rotations, that takes no more.
 
-    Without limits on the loss, no more than the budget.
+    Where bits were chosen without limits on the loss, no more than the budget.
     """
     recipe, layers = job.recipe, list(job.schedule)
     if job.memory is None:

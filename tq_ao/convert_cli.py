@@ -3,14 +3,18 @@
 tq-ao-convert gemma-2b --schedule auto
 tq-ao-convert smollm2-135m --schedule uniform --bits 4 --output-dir out
 tq-ao-convert --recipe gemma-2b --target memory-first --push-to-hub me/gemma-2b-tq
+
+A run that is stopped (Ctrl-C) or misses its limits keeps what it measured beside the output, in .NAME.calibration; the
+next run with that output goes on from there.
 """
 
 import argparse
 import json
 import os
+import reprlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +24,7 @@ import torch
 import yaml
 
 import tq_ao.quiet  # noqa: F401 - before anything imports torchao
-from tq_ao import hub, recipe
+from tq_ao import hub, loading, recipe
 from tq_ao.calibration.target import LOSSES
 from tq_ao.convert import convert
 from tq_ao.errors import HubError, TurboQuantError, one_line
@@ -48,8 +52,9 @@ def parse(argv: Sequence[str] | None = None, program: str = PROGRAM) -> argparse
     )  # fmt: skip
     p.add_argument("--target", help="which target of the recipe, such as 2bit or memory-first; default: what it says")
     p.add_argument(
-        "--schedule", help="auto (measured), uniform, or a JSON/YAML file {layer: [k_bits, v_bits]}; default auto"
-    )
+        "--schedule", help="auto (measured), uniform, or a JSON/YAML file {layer: [k_bits, v_bits]} (layers that it "
+        "does not name get uniform widths of at most --bits); default auto",
+    )  # fmt: skip
     p.add_argument(
         "--bits", type=float, help="average code bits per value (with --max-kl or --max-ppl the most); default 3"
     )
@@ -125,10 +130,11 @@ def settings(args: argparse.Namespace) -> recipe.Recipe:
 
 
 def default_output(chosen: recipe.Recipe, target: str | None) -> Path:
-    """<model>-tq3, or <model>-tq-memory-first for a target asked for by name."""
+    """<model>-tq3, or <model>-tq-memory-first for a target asked for by name; a schedule of layers has them all."""
     parts = [] if chosen.memory is None else [f"-{chosen.memory:g}mib"]
     parts += [f"-{name.removeprefix('max_')}{limit:g}" for name, limit in chosen.limits.items()]
-    label = "".join(parts) or f"{chosen.bits:g}"
+    bits = "" if chosen.bits is None else f"{chosen.bits:{'g' if isinstance(chosen.schedule, str) else '.3g'}}"
+    label = "".join(parts) or bits
     return Path(f"{Path(chosen.model).name}-tq{label if target is None else f'-{target}'}")
 
 
@@ -136,14 +142,20 @@ def schedule_file(path: str) -> dict[int, tuple[int, int]]:
     """A schedule from a file: {layer: [k_bits, v_bits]}, also under a key "layers" or "schedule" (a report)."""
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        data = data.get("layers", data.get("schedule", data))
-        if isinstance(data, list):
-            data = {row["layer"]: row for row in data}
-        return recipe.read_schedule(data)
     except OSError as error:
         raise ValueError(f"expected --schedule auto, uniform or a file, got {path!r} ({error.strerror})") from error
-    except (yaml.YAMLError, AttributeError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: expected {{layer: [k_bits, v_bits]}} ({' '.join(str(error).split())})") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: expected JSON or YAML, got neither ({' '.join(str(error).split())})") from error
+    if isinstance(data, Mapping):
+        data = data.get("layers", data.get("schedule", data))
+    if isinstance(data, list) and all(isinstance(row, Mapping) and type(row.get("layer")) is int for row in data):
+        data = {row["layer"]: row for row in data}
+    if not isinstance(data, Mapping) or not data:
+        raise ValueError(f"{path}: expected a mapping {{layer: [k_bits, v_bits]}}, got {reprlib.repr(data)}")
+    try:
+        return recipe.read_schedule(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def show(report: dict) -> None:
@@ -174,9 +186,11 @@ def show(report: dict) -> None:
         f"({report['ppl_rise']:+.2f}{_spread(report['ppl_rise_stderr'], 2)} %)"
     )
     if base := report.get("baseline_uniform"):
+        fewer = report["average_bits"] - base["bits"]
+        widest = f" ({fewer:.3g} bits fewer: the widest that takes no more)" if fewer > 1e-6 else ""
         print(
-            f"  uniform {base['bits']:g}, random rotations: KL {base['kl']:.5f}{_spread(base['kl_stderr'], 5)}, "
-            f"perplexity {base['ppl']:.3f}"
+            f"  uniform {base['bits']:g}{widest}, random rotations: "
+            f"KL {base['kl']:.5f}{_spread(base['kl_stderr'], 5)}, perplexity {base['ppl']:.3f}"
         )
     if report.get("fold_kl") is not None:
         print(
@@ -198,22 +212,30 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         program: how it was started, for the help and the command that is recorded.
 
     Returns:
-        Exit status: 0, 1 for a mistake (said in one line), 3 if only publishing failed.
+        Exit status: 0, 1 for a mistake (said in one line), 3 if only publishing failed, 130 if it was stopped.
     """
     args = parse(argv, program)
     command = f"{program} {shlex.join(hide_token(list(sys.argv[1:] if argv is None else argv)))}"
+    written = "nothing was written"
     try:
         chosen = settings(args)
-        output = args.output_dir or default_output(chosen, args.target)
         to_stdout = args.json is not None and str(args.json) == "-"
-        if args.json is not None and not to_stdout and not args.json.absolute().parent.is_dir():
-            raise ValueError(f"expected --json in an existing folder, got {args.json}; create {args.json.parent} first")
+        if args.json is not None and not to_stdout:
+            check_json(args.json)
+        if args.push_to_hub is not None:
+            check_token(args.token)
+        if args.output_dir is None:  # its name has the average of all layers
+            chosen = loading.whole(chosen, token=args.token)
+        output = args.output_dir or default_output(chosen, args.target)
+        if args.json is not None and args.json.resolve() == output.resolve():
+            raise ValueError(f"expected --json and the output to be two places, got {output} for both; name a file")
         published = args.push_to_hub if args.push_to_hub is None else args.push_to_hub or output.name
         report = convert(
             chosen, output, token=args.token, device=args.device, repo_id=published,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
             command=command, progress=sys.stderr.isatty(), say=lambda message: print(message, file=sys.stderr),
         )  # fmt: skip
+        written = f"{output} is complete" + (f"; to publish it: hf upload {published} {output}" if published else "")
         with redirect_stdout(sys.stderr if to_stdout else sys.stdout):  # `--json -`: nothing but JSON in a pipe
             show(report)
         if args.json is not None:
@@ -229,9 +251,40 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 3
     except (TurboQuantError, ValueError, OSError, RuntimeError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print("error:", "; ".join([one_line(error), *notes(error)]), file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stop:
+        if sys.stderr.isatty():  # a bar or ^C stands there
+            print(file=sys.stderr)
+        print("stopped:", "; ".join(notes(stop)) or written, file=sys.stderr)
+        return 130
     return 0
+
+
+def check_json(path: Path) -> None:
+    """Raise ValueError unless a report can be written there."""
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"expected --json in an existing folder, got {path}; create {path.parent} first")
+    if path.is_dir():
+        raise ValueError(f"expected --json to be a file, got the folder {path}; name one in it: {path / 'report.json'}")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ValueError(f"expected --json where this user may write, got {path}; name another file")
+
+
+def check_token(token: str | None) -> None:
+    """Raise ValueError unless there is a token to publish with: this one, or that of a login."""
+    from huggingface_hub import get_token
+
+    if not (token or get_token()):
+        raise ValueError(
+            "expected an access token with --push-to-hub, got none; pass --token, set HF_TOKEN, or log in with "
+            "`hf auth login`"
+        )
+
+
+def notes(error: BaseException) -> list[str]:
+    """What `convert` says about what it leaves behind."""
+    return [" ".join(note.split()) for note in getattr(error, "__notes__", [])]
 
 
 def hide_token(argv: list[str]) -> list[str]:

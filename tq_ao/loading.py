@@ -36,7 +36,7 @@ class Conversion:
     """A model on its way: what was loaded and what has been decided about it.
 
     Attributes:
-        recipe: the settings.
+        recipe: the settings; a mapping of layers has them all.
         source: the resolved model.  folder: its files on this machine.
         model, tokenizer: loaded.
         schedule: layer -> (k_bits, v_bits).  maps: layer -> calibrated maps, or None.
@@ -70,14 +70,9 @@ def load(
     device = devices.named(device)
     source = resolve(recipe.model, token)
     config = AutoConfig.from_pretrained(source.path_or_id, token=token)
-    hf.check_supported(config)
+    recipe = _whole(recipe, source, config)
     without_cache_schedule(config)
     layers = quantizable_layers(config)
-    if not isinstance(recipe.schedule, str) and (stray := sorted(set(recipe.schedule) - set(layers))):
-        raise ValueError(
-            f"the schedule names layers {stray}, which are not full-attention layers of {source.name}; "
-            f"those are {layers}"
-        )
     longest = longest_text(config.get_text_config(decoder=True))
     length = max(recipe.verification.length, recipe.calibration.length if recipe.schedule == "auto" else 0)
     if length > longest:
@@ -119,6 +114,25 @@ def load(
         recipe, source, folder, model, tokenizer, calibration, recall, verification, memory, stored=stored,
         report={"folded_base": was_folded(folder)},
     )  # fmt: skip
+
+
+def whole(recipe: Recipe, *, token: str | None) -> Recipe:
+    """A recipe whose schedule maps layers, for all layers of its model (see `Recipe.whole`); reads only its config."""
+    if isinstance(recipe.schedule, str):
+        return recipe
+    source = resolve(recipe.model, token)
+    return _whole(recipe, source, AutoConfig.from_pretrained(source.path_or_id, token=token))
+
+
+def _whole(recipe: Recipe, source: ResolvedModel, config: PreTrainedConfig) -> Recipe:
+    hf.check_supported(config)
+    layers = quantizable_layers(config)
+    if not isinstance(recipe.schedule, str) and (stray := sorted(set(recipe.schedule) - set(layers))):
+        raise ValueError(
+            f"the schedule names layers {stray}, which are not full-attention layers of {source.name}; "
+            f"those are {layers}"
+        )
+    return recipe.whole(layers)
 
 
 def without_cache_schedule(config: PreTrainedConfig) -> None:

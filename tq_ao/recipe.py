@@ -5,7 +5,7 @@ A file may hold several targets of one model: settings they share, and under `ta
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import yaml
 
 from tq_ao.calibration.target import LOSSES
 from tq_ao.codebook import BITS
-from tq_ao.config import LayerScheme, TurboQuantConfig
+from tq_ao.config import EXACT, LayerScheme, TurboQuantConfig
 from tq_ao.packing import TILE
 
 # Uniform schedules, ascending: K takes the larger half.
@@ -56,6 +56,7 @@ class Recipe:
         schedule: "auto" (measured), "uniform", or layer index -> [k_bits, v_bits].
         bits: average code bits per value; for "uniform" a multiple of 0.5 (K gets the odd half: 2.5 is K 3, V 2).
             With `max_kl` or `max_ppl`, the most it may take.  None: 3, or as many as `memory` has room for.
+            Beside a mapping of layers: what layers that it does not name get (see `whole`).
         memory: instead of `bits`, MiB that the cache of a text of `context` tokens may take, counted as it is stored
             (`tq_ao.footprint`); layers may then be 8 bits wide or stay exact; "auto" schedules only.
         max_kl, max_ppl: take the fewest bits (the least memory) whose KL (nats) and rise of perplexity (percent),
@@ -107,9 +108,10 @@ class Recipe:
             raise ValueError(
                 f"expected bits or memory, got {self.bits} bits and {self.memory} MiB; leave one out (null in a recipe)"
             )
-        if self.bits is not None and not (_is_positive(self.bits) and 1 <= self.bits <= 8):
+        most = EXACT if isinstance(self.schedule, Mapping) else BITS[-1]  # an average may count layers kept exact
+        if self.bits is not None and not (_is_positive(self.bits) and 1 <= self.bits <= most):
             raise ValueError(
-                f"expected bits between 1 and 8, got {self.bits!r}; widths are {BITS} and a schedule averages them"
+                f"expected bits between 1 and {most}, got {self.bits!r}; widths are {BITS} and a schedule averages them"
             )
         for name, text in (("calibration", self.calibration), ("verification", self.verification)):
             if not isinstance(text, Text):
@@ -182,6 +184,26 @@ class Recipe:
         """The widest uniform schedule of at most `average_bits` (default: `bits`): what a schedule has to beat."""
         most = self.bits if average_bits is None else average_bits
         return [scheme for scheme in UNIFORM if most is None or scheme.average_bits <= most][-1]
+
+    def whole(self, layers: Sequence[int]) -> "Recipe":
+        """A mapping of some layers as one of all `layers`, with the average of them all as `bits`.
+
+        Layers that it does not name get the widest uniform widths of at most `bits`.  Other schedules: as it is.
+
+        Raises:
+            ValueError: `bits` that leave such layers exact.
+        """
+        if isinstance(self.schedule, str):
+            return self
+        unnamed = [i for i in layers if i not in self.schedule]
+        if unnamed and self.bits is not None and self.bits > BITS[-1]:
+            raise ValueError(
+                f"expected bits between 1 and {BITS[-1]} for layers {unnamed}, which the schedule does not name, got "
+                f"{self.bits!r}; name them as [{EXACT}, {EXACT}] to keep them exact"
+            )
+        base = self.uniform_below()
+        schedule = {i: self.schedule.get(i, (base.k_bits, base.v_bits)) for i in layers}
+        return replace(self, schedule=schedule, bits=self.config(schedule).average_bits(layers))
 
     def config(self, schedule: Mapping[int, tuple[int, int]]) -> TurboQuantConfig:
         """The TurboQuantConfig of a schedule under this recipe's window, sinks and rotations."""
@@ -298,8 +320,22 @@ def _targets(data: Mapping[str, Any]) -> dict[str, Recipe]:
 def _over(shared: Mapping[str, Any], changes: Any) -> dict[str, Any]:
     if not isinstance(changes, Mapping):
         raise ValueError(f"expected a mapping of settings, got {changes!r}")
-    texts = {k: {**shared.get(k, {}), **changes[k]} for k in ("calibration", "verification") if k in changes}
+    texts = {
+        name: {**_settings(name, shared.get(name, {})), **_settings(name, changes[name])}
+        for name in ("calibration", "verification")
+        if name in changes
+    }
     return {**shared, **changes, **texts}
+
+
+def _settings(name: str, given: Any) -> Mapping[str, Any]:
+    """The settings of a Text, all of them known."""
+    known = [f.name for f in fields(Text)]
+    if not isinstance(given, Mapping):
+        raise ValueError(f"expected {name} to be a mapping of {known}, got {given!r}")
+    if unknown := set(given) - set(known):
+        raise ValueError(f"unknown keys {sorted(unknown, key=str)} in {name}; expected some of {known}")
+    return given
 
 
 def _pick(recipes: Mapping[str, Recipe], name: str) -> Recipe:
@@ -312,11 +348,15 @@ def from_mapping(data: Mapping[str, Any]) -> Recipe:
     """A recipe from plain data; unknown keys are errors."""
     known = {f.name for f in fields(Recipe)}
     if unknown := set(data) - known:
-        raise ValueError(f"unknown keys {sorted(unknown)}; expected some of {sorted(known)}")
+        raise ValueError(f"unknown keys {sorted(unknown, key=str)}; expected some of {sorted(known)}")
     values, defaults = dict(data), Recipe(model="")
     for name in ("calibration", "verification"):
-        if isinstance(values.get(name), Mapping):
-            values[name] = replace(getattr(defaults, name), **values[name])
+        if name in values:
+            given = _settings(name, values[name])
+            try:
+                values[name] = replace(getattr(defaults, name), **given)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
     if isinstance(values.get("schedule"), Mapping):
         values["schedule"] = read_schedule(values["schedule"])
     return Recipe(**values)

@@ -52,7 +52,12 @@ def result_file(recipe: Path, target: str, results: Path) -> Path | None:
             limits = {name: report[name] for name in LOSSES if report.get(name) is not None}
             have = (report["window"], report["sinks"], report.get("memory"), limits)
             same = have == (wanted.window, wanted.sinks, wanted.memory, wanted.limits)
-            if not same or (wanted.bits is not None and report["average_bits"] > wanted.bits + 1e-6):
+            if isinstance(wanted.schedule, str):
+                same = same and (wanted.bits is None or report["average_bits"] <= wanted.bits + 1e-6)
+            else:  # `bits` are for layers that it does not name
+                pairs = {row["layer"]: (row["k_bits"], row["v_bits"]) for row in report["schedule"]}
+                same = same and wanted.schedule.items() <= pairs.items()
+            if not same:
                 raise ValueError(f"{path} was measured with other settings than {target} of {recipe}; measure it again")
             return path
     return None

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tq_ao.calibration.target import LOSSES, describe, losses, meet, missed
+from tq_ao.calibration.target import LOSSES, amount, describe, losses, meet, missed
 
 
 def flat(budget):
@@ -53,8 +53,14 @@ def test_all_limits_hold(limits, budget):
     ],
 )
 def test_a_target_out_of_reach(limits, says):
-    with pytest.raises(ValueError, match=f"expected a target that 4 bits can meet, .*{says}"):
+    said = f"expected a target that a schedule of at most 4 bits on average can meet, .*{says}"
+    with pytest.raises(ValueError, match=said):
         meet(limits, flat, lambda schedule: {"max_kl": 0.5, "max_ppl": 3.0})
+
+
+def test_budgets_in_words():
+    words = [amount(1.0, "bits"), amount(1.125, "bits"), amount(4, "bits"), amount(1.0, "MiB")]
+    assert words == ["1 bit on average", "1.125 bits on average", "4 bits on average", "1 MiB"]
 
 
 def test_losses_are_read_from_metrics():

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import layer_state
 import pytest
 import tiny
@@ -34,6 +35,7 @@ from tq_ao import convert_cli as script
 from tq_ao import fold, footprint, generate_cli, loading
 from tq_ao.cache import static_length
 from tq_ao.calibration.calibrate import CalibrationResult
+from tq_ao.calibration.journal import Journal
 from tq_ao.calibration.transforms import VALUE_CHOICES
 from tq_ao.codebook import BITS
 from tq_ao.config import TRANSFORMS_FILE, LayerScheme
@@ -95,7 +97,7 @@ def test_converted_folder_is_a_checkpoint_that_packs_its_cache(schedule, base, t
     if schedule == "file":
         assert pairs == {0: (4, 2), 1: (3, 3), 2: (2, 1)}
     assert report["average_bits"] <= 3.0 and report["stored_bits"] == pytest.approx(report["average_bits"] + 16 / 32)
-    assert load(out / "recipe.yaml").bits == 3.0
+    assert load(out / "recipe.yaml").bits == (2.5 if schedule == "file" else 3.0)
     assert "base_model_relation: quantized" in (out / "README.md").read_text() or report["base_model"] is None
     ours, theirs = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
@@ -105,6 +107,47 @@ def test_converted_folder_is_a_checkpoint_that_packs_its_cache(schedule, base, t
     assert isinstance(cache, tq_ao.TurboQuantCache) and cache.packed_layers()[0].k_codes.any()
     assert (out / TRANSFORMS_FILE).exists() == report["calibrated_maps"]
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("given", "average", "name", "uniform"),
+    [
+        ({i: [4, 4] for i in range(3)}, 4.0, "small-tq4", "uniform 4, random"),
+        (
+            {0: [4, 2], 2: [3, 1]},
+            8 / 3,
+            "small-tq2.67",
+            "uniform 2.5 (0.167 bits fewer: the widest that takes no more),",
+        ),
+        (
+            {0: [16, 16], 1: [8, 4]},
+            25 / 3,
+            "small-tq8.33",
+            "uniform 8 (0.333 bits fewer: the widest that takes no more),",
+        ),
+    ],
+)
+def test_a_schedule_file_is_named_recorded_and_compared_by_its_average(
+    given, average, name, uniform, base, text, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("schedule.json").write_text(json.dumps(given))
+    flags = ["--schedule", "schedule.json", "--calibration", str(text), *FAST]
+    assert script.main([str(base), *flags]) == 0
+    out = tmp_path / name
+    report, recipe = json.loads((out / "tq_ao_config.json").read_text()), load(out / "recipe.yaml")
+    assert report["average_bits"] == recipe.bits == pytest.approx(average)
+    pairs = {i: tuple(given.get(i, (3, 3))) for i in range(3)}
+    assert recipe.schedule == {row["layer"]: (row["k_bits"], row["v_bits"]) for row in report["schedule"]} == pairs
+    assert recipe.whole(range(3)) == recipe
+    assert f"  {uniform}" in capsys.readouterr().out and 0 <= average - report["baseline_uniform"]["bits"] < 0.5
+
+
+def test_layers_that_a_schedule_does_not_name_are_packed():
+    with pytest.raises(ValueError, match=r"expected bits between 1 and 8 for layers \[0, 2\], .* got 12"):
+        Recipe("m", schedule={1: (4, 4)}, bits=12).whole(range(3))
+    with pytest.raises(ValueError, match="expected bits between 1 and 8, got 12"):
+        Recipe("m", bits=12)
 
 
 def test_a_recipe_gives_the_same_checkpoint_as_the_flags(base, text, tmp_path):
@@ -438,7 +481,11 @@ def measured_at_most_bits(base, text, tmp_path, capsys, *flags):
     """What a run whose limits are out of reach says it measured: KL, and the rise of perplexity in percent."""
     code, out = run(base, text, tmp_path, *flags, "--bits", "4")
     error = capsys.readouterr().err
-    assert code == 1 and "expected a target that 4 bits can meet, got " in error and not out.exists()
+    assert code == 1 and not out.exists()
+    assert "expected a target that a schedule of at most 4 bits on average can meet, got " in error
+    assert f"what was measured is kept in {tmp_path / '.out.calibration'}: the same command goes on" in error
+    assert f"with other limits and --output-dir {out}; to start afresh remove" in error
+    assert (tmp_path / ".out.calibration").exists()
     assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
     said = error.split("measured there: ")[1]
     kl, ppl = re.search(r"KL ([\d.e-]+)", said), re.search(r"perplexity ([-+\d.e]+) %", said)
@@ -555,6 +602,13 @@ def test_names_of_outputs():
         (["--calibration", "EMPTY"], "empty"),
         (["--calibration", "missing.txt"], "missing.txt"),
         (["--json", "nowhere/r.json"], "existing folder"),
+        (["--json", "FOLDER"], "expected --json to be a file, got the folder"),
+        (["--json", "OUT"], "expected --json and the output to be two places"),
+        (
+            ["--push-to-hub"],
+            "expected an access token with --push-to-hub, got none; pass --token, set HF_TOKEN, or log in",
+        ),
+        (["--push-to-hub", "me/x", "--token", ""], "expected an access token with --push-to-hub, got none"),
         (["--window", "300"], "never leaves the exact window"),
         (["--calibration-windows", "2"], "expected at least 3 calibration windows with schedule auto, got 2"),
         (["--max-seq-length", "5000"], "expected windows of at most 4096 tokens, what"),
@@ -564,13 +618,18 @@ def test_names_of_outputs():
         (["--output-dir", "."], "cannot be replaced by a finished folder"),
     ],
 )
-def test_mistakes_get_one_line_and_leave_nothing(flags, message, base, text, tmp_path, capsys):
+def test_mistakes_get_one_line_and_leave_nothing(flags, message, base, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
     (tmp_path / "empty.txt").touch()
-    flags = [str(tmp_path / "empty.txt") if flag == "EMPTY" else flag for flag in flags]
+    places = {"EMPTY": "empty.txt", "FOLDER": "", "OUT": "out"}
+    flags = [str(tmp_path / places[flag]) if flag in places else flag for flag in flags]
     before = sorted(tmp_path.iterdir())
     code, _ = run(base, text, tmp_path, *flags)
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert code != 0 and len(errors) == 1 and message in errors[0]
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(errors) == 1 and message in errors[0]
+    assert "loading" not in said, "before anything is loaded"
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -589,7 +648,7 @@ def test_mistakes_get_one_line_and_leave_nothing(flags, message, base, text, tmp
         (["--memory", "1", "--context", "100"], "a context that packing makes smaller, got 128 tokens"),
         (
             ["--memory", "0.4", "--max-kl", "1e-9"],
-            "expected a target that 0.4 MiB can meet, got KL 1e-09; measured",
+            "expected a target that a schedule of at most 0.4 MiB can meet, got KL 1e-09; measured",
         ),
     ],
 )
@@ -708,13 +767,35 @@ def test_mistakes_in_generation_get_one_line(flags, message, base, text, tmp_pat
     assert len(errors) == 1 and message in errors[0]
 
 
-def test_a_schedule_of_fractions_of_bits_gets_one_line(base, text, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("{0: [3.0, 2]}", "expected layer 0: [k_bits, v_bits], got [3.0, 2] ("),
+        ("[[3, 3]]", "expected a mapping {layer: [k_bits, v_bits]}, got [[3, 3]]\n"),
+        (
+            "[{k_bits: 3, v_bits: 3}]",
+            "expected a mapping {layer: [k_bits, v_bits]}, got [{'k_bits': 3, 'v_bits': 3}]\n",
+        ),
+        ("layers: 4", "expected a mapping {layer: [k_bits, v_bits]}, got 4\n"),
+        ("schedule: auto", "expected a mapping {layer: [k_bits, v_bits]}, got 'auto'\n"),
+        ("", "expected a mapping {layer: [k_bits, v_bits]}, got None\n"),
+        ("{0: [3, 3]", "expected JSON or YAML, got neither ("),
+    ],
+)
+def test_mistakes_in_schedule_files_get_one_line(given, says, base, text, tmp_path, capsys):
     path = tmp_path / "schedule.yaml"
-    path.write_text(yaml.safe_dump({0: [3.0, 2]}))
+    path.write_text(given)
     code, out = run(base, text, tmp_path, "--schedule", str(path))
     said = capsys.readouterr().err
     assert code == 1 and not out.exists() and said.count("\n") == 1
-    assert said.startswith(f"error: {path}: expected") and "got [3.0, 2]" in said
+    assert said.startswith(f"error: {path}: {says}")
+
+
+def test_a_schedule_as_rows(tmp_path):
+    path = tmp_path / "report.json"
+    for rows in ([{"layer": 1, "k_bits": 4, "v_bits": 2}], {"schedule": [{"layer": 1, "k_bits": 4, "v_bits": 2}]}):
+        path.write_text(json.dumps(rows))
+        assert script.schedule_file(str(path)) == {1: (4, 2)}
 
 
 def test_a_schedule_that_measures_nan_falls_back(base, text, tmp_path, monkeypatch):
@@ -784,7 +865,8 @@ def test_the_card_says_how_it_was_made_and_what_to_load(base, text, tmp_path):
     assert f"```\npython scripts/convert.py {base} " in card and f'from_pretrained("{out}"' in card
     assert AutoConfig.from_pretrained(re.search(r'from_pretrained\("(.*?)"', card)[1]).model_type == "llama"
     out = tmp_path / "out"
-    assert script.main([str(base), *where, "--output-dir", str(out), "--push-to-hub", "me/x"]) == 3, "no Hub here"
+    publish = ["--push-to-hub", "me/x", "--token", "hf_x"]
+    assert script.main([str(base), *where, "--output-dir", str(out), *publish]) == 3, "no Hub here"
     card = (out / "README.md").read_text()
     assert f"```\ntq-ao-convert {base} " in card
     assert card.count('.from_pretrained("me/x"') == card.count(".from_pretrained(") == 2
@@ -804,6 +886,45 @@ def test_an_interrupted_run_leaves_nothing_that_loads(base, text, tmp_path):
     process.wait()
     assert not out.exists()
     assert not list(tmp_path.glob("**/config.json"))
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_stopped_run_says_what_is_kept_and_goes_on(at, base, text, tmp_path, capsys, monkeypatch):
+    """Ctrl-C in a calibration, after so many measurements."""
+    put, seen = Journal.put, []
+
+    def stopping(self, key, value):
+        if len(seen) == at:
+            raise KeyboardInterrupt
+        seen.append(key)
+        put(self, key, value)
+
+    monkeypatch.setattr(Journal, "put", stopping)
+    before = {*tmp_path.iterdir()}
+    code, out = run(base, text, tmp_path)
+    printed, said = capsys.readouterr()
+    (stopped,) = (line for line in said.splitlines() if line.startswith("stopped: "))
+    journal = tmp_path / ".out.calibration"
+    assert code == 130 and not printed and "Traceback" not in said and said.endswith(f"{stopped}\n")
+    assert {*tmp_path.iterdir()} - before == ({journal} if at else set())
+    if not at:
+        assert stopped == "stopped: nothing was written"
+        return
+    assert f"kept in {journal}: the same command goes on from there" in stopped and "remove that file" in stopped
+    again = []
+    monkeypatch.setattr(Journal, "put", lambda self, key, value: (again.append(key), put(self, key, value)))
+    assert run(base, text, tmp_path)[0] == 0 and out.exists() and not journal.exists()
+    assert again and not {*again} & {*seen}
+
+
+def test_a_run_that_is_stopped_while_it_publishes_has_written(base, text, tmp_path, capsys, monkeypatch):
+    def stopping(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.hub, "push", stopping)
+    code, out = run(base, text, tmp_path, "--schedule", "uniform", "--push-to-hub", "me/x", "--token", "hf_x")
+    assert code == 130 and (out / "config.json").exists() and not (tmp_path / ".out.calibration").exists()
+    assert f"\nstopped: {out} is complete; to publish it: hf upload me/x {out}\n" in capsys.readouterr().err
 
 
 def test_the_token_is_not_published():

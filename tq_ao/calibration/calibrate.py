@@ -15,7 +15,7 @@ from tq_ao.calibration.journal import Journal
 from tq_ao.calibration.repair import Repair, repair
 from tq_ao.calibration.sensitivity import Metric, Table, bar, device_of, sensitivity
 from tq_ao.calibration.statistics import LayerStatistics, accumulate, readout_gram
-from tq_ao.calibration.target import describe, losses, meet
+from tq_ao.calibration.target import amount, describe, losses, meet
 from tq_ao.calibration.transforms import KEY_CHOICES, VALUE_CHOICES
 from tq_ao.calibration.variants import Choice, choose_variants
 from tq_ao.config import EXACT
@@ -156,7 +156,7 @@ def calibrate(
         )  # fmt: skip
         budget, schedule = found.budget, found.schedule
         say(
-            f"{describe(limits, found.values)} at {budget:g} {sizes.unit}, the fewest found to stay within "
+            f"{describe(limits, found.values)} at {amount(budget, sizes.unit)}, the fewest found to stay within "
             f"{describe(limits)} on the calibration text"
         )
     say(f"additive schedule: {shape.average(schedule):.3f} bits, predicted KL {additive_cost(table, schedule):.5f}")

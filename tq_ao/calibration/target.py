@@ -42,6 +42,13 @@ def describe(limits: Mapping[str, float], values: Mapping[str, float] | None = N
     return " and ".join(LOSSES[name].text(shown[name]) for name in limits)
 
 
+def amount(budget: float, unit: str) -> str:
+    """A budget in words; of bits it is an average."""
+    if unit != "bits":
+        return f"{budget:g} {unit}"
+    return f"{budget:g} {'bit' if budget == 1 else 'bits'} on average"
+
+
 @dataclass(frozen=True)
 class Target:
     """Result: the schedule, its budget and measured values, and (budget, values) of every measurement."""
@@ -87,8 +94,8 @@ def meet(
     first, last = 0, len(budgets) - 1
     if missed(limits, values(last)):
         raise ValueError(
-            f"expected a target that {high:g} {unit} can meet, got {describe(limits)}; measured there: "
-            f"{describe(limits, values(last))}; raise the target or the {unit}"
+            f"expected a target that a schedule of at most {amount(high, unit)} can meet, got {describe(limits)}; "
+            f"measured there: {describe(limits, values(last))}; raise the target or the {unit}"
         )
     while first < last:
         middle = (first + last) // 2

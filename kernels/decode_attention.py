@@ -25,6 +25,7 @@ from .query import check_queries, prepare_kernel
 
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 512
+PORTABLE_PARTS = 8  # splits that combine.py merges at a time
 MIN_STEPS, MIN_TILES = 3, 4  # softmax steps, and tiles, that are worth a program and a partial result
 # Of a split, on average.  It adds up codes counted from zero and takes the middle level off at its end: what is left
 # of a flat softmax over n tokens is 1 / sqrt(n) of the sum, so float32 rounding grows with n.
@@ -261,7 +262,7 @@ def decode_attention(
     half_precision = q.dtype.itemsize == 2 and k_recent.dtype.itemsize == 2
     splits, chunk = plan(
         programs, tiles, 0 if separate else exact_tokens, slots, config,
-        lambda splits: merge_config(dim, rows, splits, sms).parts,
+        lambda splits: merge_config(dim, rows, splits, sms).parts if use_gluon else PORTABLE_PARTS,
     )  # fmt: skip
     if separate:
         chunk = 64 if half_precision or padded <= 128 else 32  # what shared memory holds
@@ -344,7 +345,7 @@ def decode_attention(
             num_warps=merge.queries * merge.dim_warps, launch_pdl=pdl,
         )  # fmt: skip
     else:
-        columns, queries, parts = min(32, padded), 4, 8
+        columns, queries, parts = min(32, padded), 4, PORTABLE_PARTS
         combine_kernel[(heads, triton.cdiv(batch * group, queries), triton.cdiv(dim, columns))](
             split_o, split_ml, exact_o, exact_ml, *arguments, **shape, COLUMNS=columns, R=queries, PARTS=parts,
             MORE=max(splits, chunks) > parts, num_warps=4,

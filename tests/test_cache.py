@@ -253,6 +253,19 @@ def test_assisted_decoding(kind, rng):
     assert_same_text(assisted, 0, alone, 0)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
+def test_an_early_exit_drafts_with_a_cache_of_its_layers(kind, rng):
+    """Also where the config names the type of every layer; a window of 150 keeps the text exact."""
+    model, ids = tiny.model(kind), prompt(rng)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False, "suppress_tokens": [0]}
+    for quantization in (TurboQuantConfig(bits=1, window=150, sinks=SINKS), THREE):
+        quantize_kv_(model, quantization)
+        drafted = model.generate(ids, **options, **FULL, assistant_early_exit=1)
+        if quantization is not THREE:
+            assert_same_text(drafted, 0, model.generate(ids, **options, **FULL), 0)
+    assert model.config.get_text_config().num_hidden_layers == len(model.turboquant.make_cache().layers) > 1
+
+
 def test_dequantize_is_never_called(monkeypatch, rng):
     def refuse(*args, **kwargs):
         raise AssertionError("dequantize was called")

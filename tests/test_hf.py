@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -331,18 +332,33 @@ def test_caches_made_under_inference_mode_serve_outside_it(kind, rng):
         growing.crop(-2)
 
 
-def test_an_early_exit_drafts_with_a_cache_of_its_layers(rng):
-    model, ids = quantize_kv_(tiny.model(), TurboQuantConfig(k_bits=8, v_bits=8, **SMALL)), ids_for(rng)
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 10, "do_sample": False}
-    assert torch.equal(model.generate(ids, **options, assistant_early_exit=1), model.generate(ids, **options))
-
-
 def test_loaded_weights_are_not_quantised(tmp_path, rng):
     """transformers refuses float, half and Trainer to models whose weights are."""
     quantize_kv_(tiny.model(), TurboQuantConfig(**SMALL)).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.half().dtype == torch.float16 and model.float().dtype == torch.float32
     assert not model.is_quantized and tokens(model, ids_for(rng)).shape == (1, 150)
+
+
+def test_attaching_under_another_default_dtype(rng):
+    model, ids = tiny.model(), ids_for(rng)
+    config = TurboQuantConfig(seed=int(torch.randint(1 << 20, (), generator=rng)), **SMALL)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        quantize_kv_(model, config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(tokens(model, ids), tokens(quantize_kv_(model, config), ids))
+
+
+def test_a_pickle_has_no_random_maps_but_draws_them_again(rng):
+    model = quantize_kv_(tiny.model(), TurboQuantConfig(**SMALL))
+    tokens(model, ids_for(rng))
+    plain = len(pickle.dumps(tiny.model()))
+    packed = pickle.dumps(model)
+    assert len(packed) < plain + 20_000  # a layer's maps are 2 heads of 32 x 32 numbers, three times
+    again = pickle.loads(packed).turboquant
+    assert [*again.maps._drawn] == [*model.turboquant.maps._drawn] != []
 
 
 def test_attention_weights_are_none_and_that_is_said(rng, caplog):

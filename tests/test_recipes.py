@@ -255,8 +255,11 @@ def test_mistakes_in_schedules(pair, says, tmp_path):
     path.write_text(yaml.safe_dump({"model": "m", "schedule": {0: [4, 4], 1: pair}}))
     with pytest.raises(ValueError, match=rf"r.yaml: expected layer 1: \[k_bits, v_bits\], {says}"):
         load(path)
-    with pytest.raises(ValueError, match="expected layer x"):
-        read_schedule({"x": [3, 3]})
+    for layers in ({"x": [3, 3]}, {1.5: [3, 3]}, {True: [3, 3]}, {1: [3, 3], "1": [4, 4]}, {-1: [3, 3]}):
+        with pytest.raises(ValueError, match="expected every layer once, by its number, got"):
+            read_schedule(layers)
+    with pytest.raises(ValueError, match="expected a schedule that packs a layer, got 16 bits for all"):
+        Recipe("m", schedule={0: (16, 16), 1: (16, 16)}).whole([0, 1])
 
 
 def test_mistakes_in_a_recipe_without_targets(tmp_path):

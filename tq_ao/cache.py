@@ -83,6 +83,7 @@ def _layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, An
     """
     text = config.get_text_config(decoder=True)
     types, kwargs = get_layer_types_and_kwargs(text)
+    types = types[: text.num_hidden_layers]  # which transformers lowers for the drafts of an early exit, not the types
     kwargs = kwargs if isinstance(kwargs, list) else [kwargs] * len(types)
     windows = [extra["sliding_window"] for kind, extra in zip(types, kwargs, strict=True) if kind == SLIDING]
     if windows and {*types} <= {SLIDING, "full_attention"} and min(windows) >= longest_text(text):
@@ -146,8 +147,12 @@ class TurboQuantCache(Cache):
             else:
                 layers.append(STATIC_LAYER_TYPE_MAPPING[kind](max_cache_len=max_cache_len, **extra))
         super().__init__(layers=layers)
-        for packed in self.packed_layers():
-            maps.draw(packed.index, kv_heads(text_config), head_dim(text_config))
+        try:
+            heads = kv_heads(text_config)
+        except RuntimeError:  # configs with a value for each layer: their maps are drawn when keys come
+            heads = 0
+        for packed in self.packed_layers() if heads else ():
+            maps.draw(packed.index, heads, head_dim(text_config))
         self.quantization = quantization
         self._kinds, self._room = list(zip(types, kwargs, strict=True)), max_cache_len
         for layer in self.packed_layers()[:1]:

@@ -92,12 +92,14 @@ def journal_path(output: Path) -> Path:
 def noting(journal: Path | None, shown: str | Path) -> Iterator[None]:
     """Add to an exception where the measurements of a calibration are, if there is one, and what takes them up.
 
-    Without measurements nothing is left: the journal is removed.
+    Without measurements nothing is left: the journal is removed.  One that another run left, and this one has not
+    written to, is none of its business.
     """
+    written = _written(journal)
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if journal is None or not journal.exists():
+        if journal is None or _written(journal) in (None, written):
             pass
         elif journal.read_text(encoding="utf-8").count("\n") > 1:  # the first line says what it is about
             error.add_note(
@@ -107,6 +109,11 @@ def noting(journal: Path | None, shown: str | Path) -> Iterator[None]:
         else:
             journal.unlink()
         raise
+
+
+def _written(file: Path | None) -> int | None:
+    """When it was, in nanoseconds; None if there is no such file."""
+    return file.stat().st_mtime_ns if file is not None and file.exists() else None
 
 
 def choose(job: Conversion, *, journal: Path | None = None, progress: bool = False, say: Callable[[str], None]) -> None:

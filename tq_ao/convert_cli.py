@@ -223,11 +223,11 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         if args.json is not None and not to_stdout:
             check_json(args.json)
         if args.push_to_hub is not None:
-            check_token(args.token)
+            check_repository(args.push_to_hub, args.token)
         if args.output_dir is None:  # its name has the average of all layers
             chosen = loading.whole(chosen, token=args.token)
         output = args.output_dir or default_output(chosen, args.target)
-        if args.json is not None and args.json.resolve() == output.resolve():
+        if args.json is not None and not to_stdout and args.json.resolve() == output.resolve():
             raise ValueError(f"expected --json and the output to be two places, got {output} for both; name a file")
         published = args.push_to_hub if args.push_to_hub is None else args.push_to_hub or output.name
         report = convert(
@@ -271,10 +271,17 @@ def check_json(path: Path) -> None:
         raise ValueError(f"expected --json where this user may write, got {path}; name another file")
 
 
-def check_token(token: str | None) -> None:
-    """Raise ValueError unless there is a token to publish with: this one, or that of a login."""
+def check_repository(name: str, token: str | None) -> None:
+    """Raise ValueError unless a repository can have that name ("": the output's) and there is a token to publish with:
+    this one, or that of a login."""
     from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    try:
+        if name:
+            validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"expected --push-to-hub with the name of a repository, 'org/name', got {name!r}") from error
     if not (token or get_token()):
         raise ValueError(
             "expected an access token with --push-to-hub, got none; pass --token, set HF_TOKEN, or log in with "

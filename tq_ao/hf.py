@@ -66,11 +66,16 @@ class Attachment:
         self._model_config, self.quantization, self.maps = model_config, quantization, maps
         self._last = _Slot(None)
         self._last_kind: tuple[torch.device, torch.dtype, bool] | None = None
-        self.make_cache()  # draws random maps, which a compiled program could not
+        cache = self.make_cache()  # draws random maps, which a compiled program could not
+        self._all_packed = len(cache.packed_layers()) == len(cache.layers)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of a model go without its last cache."""
         return self.__dict__ | {"_last": _Slot(None), "_last_kind": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.make_cache()
 
     def make_cache(self, max_cache_len: int | None = None) -> TurboQuantCache:
         """A new cache: growing, or static for `max_cache_len` tokens."""
@@ -87,8 +92,8 @@ class Attachment:
         The same buffers mean the same captured graphs.  "Nobody kept it" is its reference count.
         """
         size = static_length(max_cache_len)
-        # A sliding layer's buffers made under inference mode could not be emptied after it.
-        kind = device, dtype, torch.is_inference_mode_enabled()
+        # Buffers of layers that are not ours, made under inference mode, could not be emptied after it.
+        kind = device, dtype, not self._all_packed and torch.is_inference_mode_enabled()
         alone = self._last.references() <= _OURS_ALONE  # before the next line refers to it too
         last = self._last.item
         if (
@@ -172,10 +177,11 @@ def attach(
         )
     if calibrated:
         resolved = replace(resolved, transforms=resolved.transforms or TRANSFORMS_FILE)
+    attachment = Attachment(model.config, resolved, MapSource(resolved.rotation, resolved.seed, calibrated))
     attention.register()
     exchange_attention(model, attention.ATTENTION_NAME)
     attached = hasattr(model, "turboquant")
-    model.turboquant = Attachment(model.config, resolved, MapSource(resolved.rotation, resolved.seed, calibrated))
+    model.turboquant = attachment
     existing = getattr(model.config, "quantization_config", None)
     # A dict is what transformers leaves of a method that it did not know: a checkpoint loaded before `import tq_ao`.
     method = existing.get("quant_method") if isinstance(existing, dict) else getattr(existing, "quant_method", None)

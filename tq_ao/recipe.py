@@ -191,7 +191,7 @@ class Recipe:
         Layers that it does not name get the widest uniform widths of at most `bits`.  Other schedules: as it is.
 
         Raises:
-            ValueError: `bits` that leave such layers exact.
+            ValueError: `bits` that leave such layers exact, or a schedule that packs none.
         """
         if isinstance(self.schedule, str):
             return self
@@ -203,6 +203,8 @@ class Recipe:
             )
         base = self.uniform_below()
         schedule = {i: self.schedule.get(i, (base.k_bits, base.v_bits)) for i in layers}
+        if all(pair == (EXACT, EXACT) for pair in schedule.values()):
+            raise ValueError(f"expected a schedule that packs a layer, got {EXACT} bits for all; name fewer for some")
         return replace(self, schedule=schedule, bits=self.config(schedule).average_bits(layers))
 
     def config(self, schedule: Mapping[int, tuple[int, int]]) -> TurboQuantConfig:
@@ -366,10 +368,12 @@ def read_schedule(data: Mapping[Any, Any]) -> dict[int, tuple[int, int]]:
     """Layer index -> (k_bits, v_bits) from {"0": [4, 3], ...} or {"0": {"k_bits": 4, "v_bits": 3}, ...}.
 
     Raises:
-        ValueError: an entry of another form, or widths that LayerScheme refuses.
+        ValueError: an entry of another form, a layer named twice, or widths that LayerScheme refuses.
     """
-    schedule = {}
+    schedule: dict[int, tuple[int, int]] = {}
     for layer, pair in data.items():
+        if not (str(layer).isdecimal() and isinstance(layer, int | str)) or int(layer) in schedule:
+            raise ValueError(f"expected every layer once, by its number, got {layer!r} among {[*data]}")
         try:
             k, v = (pair["k_bits"], pair["v_bits"]) if isinstance(pair, Mapping) else pair
             LayerScheme(k, v)

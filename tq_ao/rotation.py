@@ -16,6 +16,7 @@ carry a gain a little above 1 over the inverse, which makes up for the shrinkage
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -132,8 +133,9 @@ def in_one_part(map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @lru_cache(maxsize=64)
 def rotation_maps(kind: str, heads: int, dim: int, seed: int) -> LayerMaps:
     """Plain TurboQuant maps of one layer: the same rotation for K and V, zero shifts."""
-    r, inverse = in_one_part(rotations(kind, heads, dim, seed))
-    zero = torch.zeros(heads, dim)
+    with torch.device("cpu"), torch.inference_mode(False):  # kept, whatever the mode of who asks first
+        r, inverse = in_one_part(rotations(kind, heads, dim, seed))
+        zero = torch.zeros(heads, dim, dtype=torch.float32)
     return LayerMaps(key=r, query=inverse.mT.contiguous(), value=r, output=inverse, key_shift=zero, value_shift=zero)
 
 
@@ -159,8 +161,7 @@ class MapSource:
             return self.calibrated[layer]
         key = layer, heads, dim
         if key not in self._drawn:
-            with torch.device("cpu"), torch.inference_mode(False):
-                self._drawn[key] = rotation_maps(self.kind, heads, dim, self.seed * 1_000_003 + layer)
+            self._drawn[key] = rotation_maps(self.kind, heads, dim, self.seed * 1_000_003 + layer)
         return self._drawn[key]
 
     def __call__(self, layer: int, heads: int, dim: int, device: torch.device) -> LayerMaps:
@@ -178,6 +179,10 @@ class MapSource:
                 "this schedule was calibrated for another model"
             )
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles go without what is made from the rest."""
+        return self.__dict__ | {"_drawn": {}, "_built": {}}
 
     def __deepcopy__(self, memo: dict) -> "MapSource":
         return self

@@ -609,6 +609,7 @@ def test_names_of_outputs():
             "expected an access token with --push-to-hub, got none; pass --token, set HF_TOKEN, or log in",
         ),
         (["--push-to-hub", "me/x", "--token", ""], "expected an access token with --push-to-hub, got none"),
+        (["--push-to-hub", "a/b/c d", "--token", "hf_x"], "expected --push-to-hub with the name of a repository"),
         (["--window", "300"], "never leaves the exact window"),
         (["--calibration-windows", "2"], "expected at least 3 calibration windows with schedule auto, got 2"),
         (["--max-seq-length", "5000"], "expected windows of at most 4096 tokens, what"),

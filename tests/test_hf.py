@@ -212,6 +212,10 @@ def test_models_that_cannot_be_packed_say_why():
     if "gemma4_text" in CONFIG_MAPPING:  # newer than the oldest transformers we support
         with pytest.raises(ValueError, match="gemma4_text: expected one head_dim in all layers"):
             hf.check_supported(CONFIG_MAPPING["gemma4_text"]())
+        same = {"head_dim": 32, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+        several = CONFIG_MAPPING["gemma4_text"](**same)  # KV heads by layer: maps are drawn when keys come
+        hf.check_supported(several)
+        assert len(TurboQuantCache(several).packed_layers()) == len(quantizable_layers(several)) > 0
     own = AutoModelForCausalLM.from_config(BloomConfig(hidden_size=64, n_layer=2, n_head=2, vocab_size=97))
     with pytest.raises(ValueError, match="bloom: .* an attention of its own"):
         quantize_kv_(own)

@@ -149,7 +149,10 @@ def schedule_file(path: str) -> dict[int, tuple[int, int]]:
     if isinstance(data, Mapping):
         data = data.get("layers", data.get("schedule", data))
     if isinstance(data, list) and all(isinstance(row, Mapping) and type(row.get("layer")) is int for row in data):
-        data = {row["layer"]: row for row in data}
+        rows = {row["layer"]: row for row in data}
+        if len(rows) < len(data):
+            raise ValueError(f"{path}: expected a row of every layer once, got {[row['layer'] for row in data]}")
+        data = rows
     if not isinstance(data, Mapping) or not data:
         raise ValueError(f"{path}: expected a mapping {{layer: [k_bits, v_bits]}}, got {reprlib.repr(data)}")
     try:

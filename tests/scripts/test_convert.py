@@ -774,6 +774,10 @@ def test_mistakes_in_generation_get_one_line(flags, message, base, text, tmp_pat
         ("{0: [3.0, 2]}", "expected layer 0: [k_bits, v_bits], got [3.0, 2] ("),
         ("[[3, 3]]", "expected a mapping {layer: [k_bits, v_bits]}, got [[3, 3]]\n"),
         (
+            json.dumps([{"layer": 0, "k_bits": k, "v_bits": 3} for k in (3, 4)]),
+            "expected a row of every layer once, got [0, 0]",
+        ),
+        (
             "[{k_bits: 3, v_bits: 3}]",
             "expected a mapping {layer: [k_bits, v_bits]}, got [{'k_bits': 3, 'v_bits': 3}]\n",
         ),

@@ -143,12 +143,12 @@ def append_(
     key_map: torch.Tensor, key_shift: torch.Tensor, value_map: torch.Tensor, value_shift: torch.Tensor,
     window: int, key_book, value_book, key_feedback: torch.Tensor | None = None,
     value_feedback: torch.Tensor | None = None, key_operands: torch.Tensor | None = None,
-    value_operands: torch.Tensor | None = None,
+    value_operands: torch.Tensor | None = None, impl: str = "auto",
 ) -> None:  # fmt: skip
     """Append tokens to a layer's cache in place, as `reference.append_`, without a host synchronisation.
 
     Tiles beyond the capacity of `k_codes` are dropped.  Operands are read by appends of more than STEP_TOKENS tokens,
-    and made by those where they are None.
+    and made by those where they are None.  impl: "triton", or "auto", which leaves what it can to Gluon.
 
     Raises:
         ValueError: a ring shorter than window + 64, tokens of another dtype, strides that a kernel cannot follow, or
@@ -190,8 +190,9 @@ def append_(
         return
     tiles = triton.cdiv(q, TILE)
     place = length, start, tiles, sinks, window
-    encode_many(k, k_recent, k_codes, k_scales, *key, key_operands, *place, "key", key_book)
-    encode_many(v, v_recent, v_codes, v_scales, *value, value_operands, *place, "value", value_book)
+    gluon = impl != "triton"
+    encode_many(k, k_recent, k_codes, k_scales, *key, key_operands, *place, "key", key_book, gluon)
+    encode_many(v, v_recent, v_codes, v_scales, *value, value_operands, *place, "value", value_book, gluon)
     if k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()
     rows = 32

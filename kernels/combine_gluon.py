@@ -58,17 +58,18 @@ def _sum_parts(m, l, o, top):
     return gl.sum(weight * l, axis=0), gl.sum(o * weight[:, :, None], axis=0)
 
 
-@gluon.jit(do_not_specialize=["batch", "splits", "chunks"])
+@gluon.jit(do_not_specialize=["batch", "splits", "chunks", "group", "q_len"])
 def combine_gluon_kernel(
     split_o, split_ml, exact_o, exact_ml, output_map, value_shift, sink_logits, out,
-    batch, heads, splits, chunks,
+    batch, heads, splits, chunks, group, q_len,
     G: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, COLUMNS: gl.constexpr, R: gl.constexpr, WD: gl.constexpr,
     PARTS: gl.constexpr, MORE: gl.constexpr, E_PARTS: gl.constexpr, E_MORE: gl.constexpr, HAS_SINK: gl.constexpr,
-    PDL: gl.constexpr, num_warps: gl.constexpr,
+    SEVERAL: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """combine.combine_kernel; at a time R queries, PARTS of their splits, E_PARTS of their chunks (MORE: not all).
 
-    split_ml, exact_ml: as int64, a maximum and a mass each.
+    split_o and exact_o in float16, too; split_ml, exact_ml: as int64, a maximum and a mass each.  SEVERAL: of G rows to
+    a KV head the first group * q_len are queries, q_len of each of its query heads in turn; out is [B, Hq, q_len, D].
     """
     TENSOR: gl.constexpr = R >= 8 and 8 * num_warps <= COLUMNS and DP <= 128  # the map fits registers
     LANES: gl.constexpr = DP // (4 * WD) if DP < 128 * WD else 32  # over dimensions, the others over partial results
@@ -126,7 +127,11 @@ def combine_gluon_kernel(
     last = batch * G - 1
     query = gl.minimum(first_query + gl.arange(0, R, gl.SliceLayout(0, gl.SliceLayout(2, L_S))), last)
     if HAS_SINK:
-        sink = gl.load(sink_logits + h * G + query % G).to(gl.float32) * LOG2E
+        if SEVERAL:
+            logit = h * group + gl.minimum(query % G // q_len, group - 1)
+        else:
+            logit = h * G + query % G
+        sink = gl.load(sink_logits + logit).to(gl.float32) * LOG2E
     if PDL:
         launch_next()
         wait_for_previous()
@@ -182,6 +187,13 @@ def combine_gluon_kernel(
     mass_f = gl.convert_layout(mass, gl.SliceLayout(1, F))
     inverse_f = gl.convert_layout(inverse, gl.SliceLayout(1, F))
     y = gl.convert_layout(y, F) + unrotated + mass_f[:, None] * shift[None, :]
-    at = (((query_f // G).to(gl.int64) * heads + h) * G + query_f % G)[:, None] * D + column_f[None, :]
-    live_f = (query_f <= last)[:, None] & (column_f < D)[None, :]
+    row_f = query_f % G
+    live_f = query_f <= last
+    if SEVERAL:
+        live_f = live_f & (row_f < group * q_len)
+        row_f += ((query_f // G).to(gl.int64) * heads + h) * (group * q_len)
+    else:
+        row_f += ((query_f // G).to(gl.int64) * heads + h) * G
+    at = row_f[:, None] * D + column_f[None, :]
+    live_f = live_f[:, None] & (column_f < D)[None, :]
     gl.store(out + at, (y * inverse_f[:, None]).to(out.dtype.element_ty), mask=live_f)

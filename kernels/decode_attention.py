@@ -1,10 +1,13 @@
-"""Decode attention (one query token per row) over packed K and V: three launches, no synchronisation with the host.
+"""Attention of one query per row and head, or a few, over packed K and V: three launches, none waits for the host.
 
     query.py            rotate the queries
     decode_gluon.py     packed tiles, split over the sequence, and a share of the exact tokens
     combine_gluon.py    merge, un-rotate once, add the exact part
 
 On other GPUs query.py attends to the exact tokens, and decode_portable.py and combine.py do the rest.
+
+A few queries (`several_queries`: drafts that are verified) all see the same packed tokens and window, so they are more
+query heads to the Gluon kernels; the new tokens, which they see causally, are one more exact part.
 
 Row lengths are read from device memory; the grids depend on shapes and the number of SMs only, so a
 captured CUDA graph replays correctly while the cache grows.
@@ -17,11 +20,12 @@ from typing import NamedTuple
 import torch
 import triton
 
+from .chip import is_nvidia, launches_early, multiprocessors, shared_kib
 from .combine import combine_kernel
 from .decode_portable import portable_splits_kernel
-from .encode import launches_early, operand_type, shared_kib
+from .encode import operand_type
 from .operands import contiguous
-from .query import check_queries, prepare_kernel
+from .query import check_queries, prepare_kernel, prepare_several_kernel
 
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 512
@@ -33,30 +37,35 @@ MAX_SPLIT_TOKENS = 8192
 MAX_PAIRS = 65535  # programs along the second axis of a grid
 TILE = 32
 EXACT_COST = 0.9  # of an exact token against packed ones of as many bytes
+# To a split of a long row, that are not dealt out.  Programs that share one run of tiles read it slower than each its
+# own (half of all tiles claimed: H200 +4 to +10 %), but end together.
+CLAIMED_TILES = 4
 
 
 def _gluon_obstacle(device: torch.device) -> str | None:
     """Why the Gluon kernel cannot run on `device`, or None."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    if not is_nvidia(device):
         return "it needs an NVIDIA GPU"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
 
 
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _tiled(name: str, x: torch.Tensor, inner: tuple[int, ...]) -> tuple[int, int]:
-    """Batch and head strides of [B, H, *inner] whose inner part must be contiguous."""
+def _has_whole_heads(x: torch.Tensor) -> bool:
+    """Whether x [B, H, ...] is contiguous from its third dimension on."""
     expected = 1
-    for size, stride in zip(reversed(inner), reversed(x.stride()[2:]), strict=True):
+    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
         if size > 1 and stride != expected:
-            raise ValueError(
-                f"expected {name} contiguous from its third dimension on, got strides {x.stride()}; call contiguous()"
-            )
+            return False
         expected *= size
+    return True
+
+
+def _head_strides(name: str, x: torch.Tensor) -> tuple[int, int]:
+    """Batch and head strides of x, whose heads must be whole."""
+    if not _has_whole_heads(x):
+        raise ValueError(
+            f"expected {name} contiguous from its third dimension on, got strides {x.stride()}; call contiguous()"
+        )
     return x.stride(0), x.stride(1)
 
 
@@ -120,6 +129,7 @@ class MergeConfig(NamedTuple):
     parts: int
 
 
+@lru_cache
 def merge_config(head_dim: int, rows: int, splits: int, multiprocessors: int) -> MergeConfig:
     """The launch of the merge for `rows` = B * Hq queries: one for each SM, of eight warps, sixteen of many rows."""
     padded = triton.next_power_of_2(head_dim)
@@ -194,7 +204,7 @@ def decode_attention(
         v_scales: up to 4094 for "gluon", which multiplies probabilities by them in float16; beyond, the result is
             not finite.
         v_sinks, v_recent: entries up to 65504 at head_dim above 64 if they are 16-bit: "gluon" keeps partial outputs in
-            float16.
+            float16.  Of values with a root mean square of 1e-4 that costs up to .4 %, of 1e-5 up to 3 %.
         k_bits, v_bits: code widths of k_codes and v_codes.
         impl: "gluon" (NVIDIA, compute capability 8.0 and newer), "triton" (portable), "auto": the first that runs.
 
@@ -206,36 +216,84 @@ def decode_attention(
         ValueError: more than one query token, queries of another number of rows or heads, a layout the kernels do not
             read, or an `impl` that does not run here.
     """
-    batch, q_heads, q_len, dim = q.shape
-    heads, tiles = k_codes.shape[1:3]
-    if q_len != 1:
-        raise ValueError(f"expected one query token per row, got {q_len}; use extend_attention")
+    if q.shape[2] != 1:
+        raise ValueError(f"expected one query token per row, got {q.shape[2]}; use extend_attention")
     check_queries(q, k_codes)
-    if not batch:
+    if not q.shape[0]:
         return torch.empty_like(q)
     if impl not in ("auto", "gluon", "triton"):
         raise ValueError(f"expected impl 'auto', 'gluon' or 'triton', got {impl!r}")
     obstacle = _gluon_obstacle(q.device)
     if impl == "gluon" and obstacle:
         raise ValueError(f"impl='gluon' does not run on {q.device}: {obstacle}; use impl='triton'")
-    use_gluon = impl != "triton" and obstacle is None
+    return _attend(
+        q, None, k_codes, k_scales, v_codes, v_scales, k_sinks, v_sinks, k_recent, v_recent, length, start,
+        query_map, key_shift, output_map, value_shift, window, scale, softcap, sink_logits, k_bits, v_bits,
+        use_gluon=impl != "triton" and obstacle is None,
+    )  # fmt: skip
+
+
+def several_obstacle(q: torch.Tensor, packed: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> str | None:
+    """Why `several_queries` does not take q [B, Hq, q_len, D] with such codes and scales, sinks and ring, or None."""
+    heads = packed[0].shape[1]
+    rows, most = (
+        q.shape[1] // heads * q.shape[2],
+        48 if q.shape[3] <= 128 else 32,
+    )  # beyond, extend's kernels are faster
+    if rows > most:
+        return f"it takes up to {most} queries to a KV head, of all its query heads, these are {rows}"
+    if q.shape[0] * heads > MAX_PAIRS or q.shape[0] * padded_rows(rows) > 4 * MAX_PAIRS:
+        return f"a batch of {q.shape[0]} is more than its grids hold"
+    if not _readable_by_gluon(*exact):
+        return "sinks and recent tokens are not 16-bit numbers of one type on 16-byte boundaries"
+    if not all(map(_has_whole_heads, packed + exact)):
+        return "a tensor of the cache is not contiguous from its third dimension on"
+    return _gluon_obstacle(q.device)
+
+
+def padded_rows(rows: int) -> int:
+    """Rows to a KV head that the kernels are compiled for, not one by one, to attend with `rows` of them."""
+    return 8 if rows <= 8 else 16 * triton.cdiv(rows, 16)
+
+
+def several_queries(
+    q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, *cache, k_bits: int, v_bits: int
+) -> torch.Tensor:
+    """`reference.attention` of q [B, Hq, q_len, D] and k_new, v_new [B, H, q_len, D]; `several_obstacle` must be None.
+
+    What `decode_attention` says of large values and of rounding holds here, and of entries of v_new as of v_recent.
+    """
+    return _attend(q, (k_new, v_new), *cache, k_bits=k_bits, v_bits=v_bits, use_gluon=True)
+
+
+def _attend(
+    q: torch.Tensor, new: tuple[torch.Tensor, torch.Tensor] | None, k_codes: torch.Tensor, k_scales: torch.Tensor,
+    v_codes: torch.Tensor, v_scales: torch.Tensor, k_sinks: torch.Tensor, v_sinks: torch.Tensor,
+    k_recent: torch.Tensor, v_recent: torch.Tensor, length: torch.Tensor, start: torch.Tensor,
+    query_map: torch.Tensor, key_shift: torch.Tensor, output_map: torch.Tensor, value_shift: torch.Tensor,
+    window: int, scale: float, softcap: float, sink_logits: torch.Tensor | None, k_bits: int, v_bits: int,
+    use_gluon: bool,
+) -> torch.Tensor:  # fmt: skip
+    """The three launches; new: keys and values of the tokens of several queries."""
+    batch, q_heads, q_len, dim = q.shape
+    heads, tiles = k_codes.shape[1:3]
+    group, device = q_heads // heads, q.device
+    per_head = group if new is None else padded_rows(group * q_len)
     if batch * heads > MAX_PAIRS:
         raise ValueError(
             f"expected at most {MAX_PAIRS} pairs of row and KV head, got {batch} x {heads}; split the batch"
         )
-    group, device = q_heads // heads, q.device
-    if batch * group > 4 * MAX_PAIRS:
+    if batch * per_head > 4 * MAX_PAIRS:
         raise ValueError(
             f"expected at most {4 * MAX_PAIRS} queries to a KV head, got {batch} rows of {group}; split the batch"
         )
     padded = triton.next_power_of_2(dim)
-    head_tiles = triton.cdiv(group, 8)
+    head_tiles = triton.cdiv(per_head, 8)
     if q.stride(3) != 1:
         q = q.contiguous()
-    key_strides = (*_tiled("k_codes", k_codes, k_codes.shape[2:]), *_tiled("k_scales", k_scales, k_scales.shape[2:]))
-    value_strides = (*_tiled("v_codes", v_codes, v_codes.shape[2:]), *_tiled("v_scales", v_scales, v_scales.shape[2:]))
-    sink_strides = _tiled("k_sinks", k_sinks, k_sinks.shape[2:])
-    recent_strides = _tiled("k_recent", k_recent, k_recent.shape[2:])
+    key_strides = (*_head_strides("k_codes", k_codes), *_head_strides("k_scales", k_scales))
+    value_strides = (*_head_strides("v_codes", v_codes), *_head_strides("v_scales", v_scales))
+    sink_strides, recent_strides = _head_strides("k_sinks", k_sinks), _head_strides("k_recent", k_recent)
     pairs = ((k_sinks, v_sinks), (k_recent, v_recent))
     if any(k.stride() != v.stride() and k.numel() for k, v in pairs):
         raise ValueError("expected the same strides for the keys and the values of sinks and recent tokens")
@@ -247,9 +305,9 @@ def decode_attention(
     cap = softcap * LOG2E
     if softcap:
         factor *= 2.0 / softcap
-    rows = batch * q_heads
+    rows = batch * heads * per_head
     sinks, capacity = k_sinks.shape[2], k_recent.shape[2]
-    sms = _multiprocessors(device)
+    sms = multiprocessors(device)
     tile_bytes = TILE * dim * (k_bits + v_bits) // 8 + 4 * TILE
     work = batch * heads * triton.cdiv(head_tiles, 2) * tiles // sms
     config = configure(dim, head_tiles, tile_bytes, row_tiles=tiles, work=work, shared=shared_kib(device))
@@ -268,6 +326,7 @@ def decode_attention(
         chunk = 64 if half_precision or padded <= 128 else 32  # what shared memory holds
     chunks = triton.cdiv(exact_tokens, chunk)
     here = 0 if separate else chunks
+    parts = chunks + (new is not None)  # exact ones
     # What an exact chunk is worth in quarters of a step over packed tiles.
     exact_quarters = round(4 * EXACT_COST * 4 * chunk * dim / (config.tiles * tile_bytes))
     if use_gluon and splits * (4 * triton.cdiv(tiles, config.tiles) + exact_quarters * here) >= 2**31:
@@ -283,41 +342,52 @@ def decode_attention(
     claims = torch.empty(counters, dtype=torch.int32, device=device)
     # The Gluon kernel can leave partial outputs in 16 bits; short ones are merged faster in 32.
     partial = f32 if separate or dim <= 64 else torch.float16
-    exact_o = torch.empty(rows * chunks * dim, dtype=partial, device=device)
-    exact_ml = torch.empty(rows * chunks, 2, dtype=f32, device=device)
+    exact_o = torch.empty(rows * parts * dim, dtype=partial, device=device)
+    exact_ml = torch.empty(rows * parts, 2, dtype=f32, device=device)
     split_o = torch.empty(rows * splits * dim, dtype=partial, device=device)
     split_ml = torch.empty(rows * splits, 2, dtype=f32, device=device)
-    out = torch.empty(batch, q_heads, 1, dim, dtype=q.dtype, device=device)
+    out = torch.empty(batch, q_heads, q_len, dim, dtype=q.dtype, device=device)
 
     # Programmatic dependent launch: each launch starts while the one before it ends.
     pdl = use_gluon and launches_early(device)
-    exact_programs = batch * heads * triton.cdiv(group, 16) * chunks if separate else 0
     unit = 127.0 if k_bits == 8 else 1.0
     precision = "ieee" if torch.version.hip else "tf32" if half_precision else "tf32x3"
-    blocks = heads * triton.cdiv(batch * group, 16)
+    blocks = heads * triton.cdiv(batch * per_head, 16)
     columns = map_columns(dim, q.dtype, blocks, sms)
-    prepare_kernel[(blocks * (dim // columns) + exact_programs,)](
-        q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, claims, exact_o,
-        exact_ml, q.stride(0), q.stride(1), *sink_strides, *recent_strides, batch, heads, counters, sinks, window,
-        capacity, chunks, factor, 1.0 / unit, cap, G=group, D=dim, DP=padded, COLUMNS=columns, OPERAND=operand_type(),
-        SOFTCAP=softcap > 0, EXACT=separate, CHUNK=chunk if separate else TILE,
-        PRECISION=precision, PDL=pdl, num_warps=8 if separate else 4,
-        **({"launch_pdl": True} if pdl else {}),
-    )  # fmt: skip
+    map_programs, exact_programs = blocks * (dim // columns), batch * heads * triton.cdiv(per_head, 16)
+    shape = {"G": per_head, "D": dim, "DP": padded}
+    how = {
+        **shape, "COLUMNS": columns, "OPERAND": operand_type(), "SOFTCAP": softcap > 0, "PRECISION": precision,
+        "PDL": pdl, **({"launch_pdl": True} if pdl else {}),
+    }  # fmt: skip
+    if new is None:
+        prepare_kernel[(map_programs + (exact_programs * chunks if separate else 0),)](
+            q, k_sinks, v_sinks, k_recent, v_recent, length, start, query_map, key_shift, rotated, bias, claims,
+            exact_o, exact_ml, q.stride(0), q.stride(1), *sink_strides, *recent_strides, batch, heads, counters, sinks,
+            window, capacity, chunks, factor, 1.0 / unit, cap, EXACT=separate, CHUNK=chunk if separate else TILE,
+            num_warps=8 if separate else 4, **how,
+        )  # fmt: skip
+    else:
+        k_new, v_new = (x if x.stride(3) == 1 else x.contiguous() for x in new)
+        prepare_several_kernel[(map_programs + exact_programs,)](
+            q, k_new, v_new, length, start, query_map, key_shift, rotated, bias, claims, exact_o, exact_ml,
+            *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3], batch, heads, group, q_len, counters, chunks,
+            factor, 1.0 / unit, cap, NEW=max(16, triton.next_power_of_2(q_len)), num_warps=4, **how,
+        )  # fmt: skip
     if use_gluon:
         from .decode_gluon import gluon_splits_kernel
         from .fragments import constraints, key_asm, value_asm
 
-        claiming = int(not torch.are_deterministic_algorithms_enabled())
+        to_claim = 0 if torch.are_deterministic_algorithms_enabled() else CLAIMED_TILES // config.tiles
         # Tensors that are not read must not make the kernel reserve shared memory for their type.
         exact = (k_scales,) * 4 if separate else (k_sinks, v_sinks, k_recent, v_recent)
         gluon_splits_kernel[(splits, batch * heads, triton.cdiv(head_tiles, config.head_tiles))](
             rotated, bias, claims, k_codes.view(torch.int8), k_scales, v_codes.view(torch.int8), v_scales,
             q, *exact, length, start, split_o, split_ml, exact_o, exact_ml,
-            *key_strides, *value_strides, q.stride(0), q.stride(1), *sink_strides, *recent_strides,
-            heads, sinks, window, capacity, splits, here, chunk, exact_quarters, claiming, factor, cap,
-            G=group, D=dim, K_BITS=k_bits, V_BITS=v_bits, HT=config.head_tiles,
-            TILES=config.tiles, SOFTCAP=softcap > 0, PDL=pdl,
+            *key_strides, *value_strides, *q.stride()[:3], *sink_strides, *recent_strides,
+            heads, group, q_len, sinks, window, capacity, splits, here, chunk, exact_quarters, to_claim, factor, cap,
+            G=per_head, D=dim, K_BITS=k_bits, V_BITS=v_bits, HT=config.head_tiles,
+            TILES=config.tiles, SOFTCAP=softcap > 0, SEVERAL=new is not None, PDL=pdl,
             K_ASM=key_asm(k_bits), K_CONSTRAINTS=constraints(8, k_bits),
             V_ASM=value_asm(v_bits), V_CONSTRAINTS=constraints(16, v_bits),
             num_warps=1, maxnreg=config.registers, launch_pdl=pdl,
@@ -325,29 +395,29 @@ def decode_attention(
     else:
         k_strides = (key_strides[0] // 4, key_strides[1] // 4, *key_strides[2:])
         v_strides = (value_strides[0] // 4, value_strides[1] // 4, *value_strides[2:])
-        portable_splits_kernel[(splits, batch * heads, triton.cdiv(group, 16))](
+        portable_splits_kernel[(splits, batch * heads, triton.cdiv(per_head, 16))](
             rotated, bias, k_codes.view(torch.int32), k_scales, v_codes.view(torch.int32), v_scales,
             length, start, split_o, split_ml, *k_strides, *v_strides, heads, sinks, window, capacity, splits,
-            cap, 1 / 127 if v_bits == 8 else 1.0, G=group, D=dim, DP=padded,
-            K_BITS=k_bits, V_BITS=v_bits, SOFTCAP=softcap > 0, num_warps=8, num_stages=1,
+            cap, 1 / 127 if v_bits == 8 else 1.0, **shape, K_BITS=k_bits, V_BITS=v_bits, SOFTCAP=softcap > 0,
+            num_warps=8, num_stages=1,
         )  # fmt: skip
     sink = sink_logits if sink_logits is not None else bias
-    arguments = (output_map, value_shift, sink, out, batch, heads, splits, chunks)
-    shape = {"G": group, "D": dim, "DP": padded, "HAS_SINK": sink_logits is not None}
+    arguments = (output_map, value_shift, sink, out, batch, heads, splits, parts)
+    shape["HAS_SINK"] = sink_logits is not None
     if use_gluon:
         from .combine_gluon import combine_gluon_kernel
 
         merge = merge_config(dim, rows, splits, sms)
-        combine_gluon_kernel[(heads, triton.cdiv(batch * group, merge.queries), triton.cdiv(dim, merge.columns))](
-            split_o, split_ml.view(torch.int64), exact_o, exact_ml.view(torch.int64), *arguments, **shape,
+        combine_gluon_kernel[(heads, triton.cdiv(batch * per_head, merge.queries), triton.cdiv(dim, merge.columns))](
+            split_o, split_ml.view(torch.int64), exact_o, exact_ml.view(torch.int64), *arguments, group, q_len, **shape,
             COLUMNS=merge.columns, R=merge.queries, WD=merge.dim_warps, PARTS=merge.parts, MORE=splits > merge.parts,
-            E_PARTS=min(8, triton.next_power_of_2(chunks)), E_MORE=chunks > 8, PDL=pdl,
+            E_PARTS=min(8, triton.next_power_of_2(parts)), E_MORE=parts > 8, SEVERAL=new is not None, PDL=pdl,
             num_warps=merge.queries * merge.dim_warps, launch_pdl=pdl,
         )  # fmt: skip
     else:
-        columns, queries, parts = min(32, padded), 4, PORTABLE_PARTS
-        combine_kernel[(heads, triton.cdiv(batch * group, queries), triton.cdiv(dim, columns))](
-            split_o, split_ml, exact_o, exact_ml, *arguments, **shape, COLUMNS=columns, R=queries, PARTS=parts,
-            MORE=max(splits, chunks) > parts, num_warps=4,
+        columns, queries, most = min(32, padded), 4, PORTABLE_PARTS
+        combine_kernel[(heads, triton.cdiv(batch * per_head, queries), triton.cdiv(dim, columns))](
+            split_o, split_ml, exact_o, exact_ml, *arguments, **shape, COLUMNS=columns, R=queries, PARTS=most,
+            MORE=max(splits, parts) > most, num_warps=4,
         )  # fmt: skip
     return out

@@ -11,9 +11,9 @@ from the middle level.  Scores start at what that adds; the output has (middle l
 the sum from the same products (a row of ones in place of V).
 
 Grid: (splits, batch * KV heads, tiles of 8 HT query heads).  Split i attends to tiles `_first_step(i)` and on, split
-i < chunks to chunk i of the exact tokens as well.  Of a long row only the first half of the steps is dealt out so, the
-others go one by one to splits that are ready (`_claim`): memory serves some programs faster than others.  Block: one
-warp with its own online softmax, a ring of two steps filled by cp.async.  Rows of different length split what they
+i < chunks to chunk i of the exact tokens as well.  The last steps of a long row, `to_claim` to a split, are not dealt
+out so but go one by one to splits that are ready (`_claim`): memory serves some programs faster than others.  Block:
+one warp with its own online softmax, a ring of two steps filled by cp.async.  Rows of different length split what they
 have: the grid only knows the capacity.
 """
 
@@ -34,7 +34,6 @@ from .fragments import (
 )  # fmt: skip
 from .gluon_basics import async_load, barrier, halves, launch_next, softcapped, wait_for_previous
 
-MANY_STEPS = gl.constexpr(4)  # to a split: fewer are not worth claims
 # p is kept 2 ** 4 larger: small p |v| stay normal in fp16, which holds value scales up to 4094.
 RESCALE = gl.constexpr(4.0)
 
@@ -251,9 +250,9 @@ def _first_step(split, splits, steps, chunks, exact_quarters):
 
 
 @gluon.jit
-def _dealt_out(steps, splits, claiming):
-    """How many of a row's steps belong to splits in turn; the others are claimed."""
-    return gl.where((claiming != 0) & (steps >= MANY_STEPS * splits), steps // 2, steps)
+def _dealt_out(steps, splits, to_claim):
+    """How many of a row's steps belong to splits in turn: all but `to_claim` to a split, unless that is over half."""
+    return gl.where(steps >= 2 * to_claim * splits, steps - to_claim * splits, steps)
 
 
 @gluon.jit
@@ -280,15 +279,15 @@ def _claimed(claim):
     )
 
 
-@gluon.jit(do_not_specialize=["splits", "chunks", "exact_quarters", "claiming"])
+@gluon.jit(do_not_specialize=["group", "q_len", "splits", "chunks", "exact_quarters", "to_claim"])
 def gluon_splits_kernel(
     rotated, bias, claims, k_codes, k_scales, v_codes, v_scales, q_exact, k_sinks, v_sinks, k_recent, v_recent, length,
     start, split_o, split_ml, exact_o, exact_ml,
     stride_kb, stride_kh, stride_ksb, stride_ksh, stride_vb, stride_vh, stride_vsb, stride_vsh,
-    stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
-    heads, sinks, window, capacity, splits, chunks, chunk_tokens, exact_quarters, claiming, factor, cap,
+    stride_qb, stride_qh, stride_qn, stride_sb, stride_sh, stride_rb, stride_rh,
+    heads, group, q_len, sinks, window, capacity, splits, chunks, chunk_tokens, exact_quarters, to_claim, factor, cap,
     G: gl.constexpr, D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, HT: gl.constexpr,
-    TILES: gl.constexpr, SOFTCAP: gl.constexpr, PDL: gl.constexpr,
+    TILES: gl.constexpr, SOFTCAP: gl.constexpr, SEVERAL: gl.constexpr, PDL: gl.constexpr,
     K_ASM: gl.constexpr, K_CONSTRAINTS: gl.constexpr, V_ASM: gl.constexpr, V_CONSTRAINTS: gl.constexpr,
     num_warps: gl.constexpr = 1,
 ):  # fmt: skip
@@ -296,8 +295,9 @@ def gluon_splits_kernel(
 
     rotated, bias and claims as `query.prepare_kernel` writes them; codes as int8 [B, H, T, tile bytes]; scales fp16
     [B, H, T, 32]; sinks and recent tokens in a 16-bit dtype if chunks > 0, else the exact part is done elsewhere;
-    outputs as `combine_gluon.combine_gluon_kernel` reads them.  claiming: 1, or 0 to deal all steps out, so that what a
-    split adds up, and its rounding, is the same in each run.
+    outputs as `combine_gluon.combine_gluon_kernel` reads them.  to_claim: steps to a split of a long row that are
+    claimed; 0: all are dealt out, so that what a split adds up, and its rounding, is the same in each run.  SEVERAL:
+    rows of a KV head are queries as in `query.prepare_several_kernel`, which fills the exact part behind the chunks.
     """
     gl.static_assert(num_warps == 1, "a claim is one warp's")
     GROUPS: gl.constexpr = D // 32
@@ -319,7 +319,7 @@ def gluon_splits_kernel(
         launch_next()
     split = gl.program_id(0)
     bh = gl.program_id(1)
-    group = gl.program_id(2) * HT
+    head_tile = gl.program_id(2) * HT
     b = (bh // heads).to(gl.int64)
     h = (bh % heads).to(gl.int64)
 
@@ -327,7 +327,7 @@ def gluon_splits_kernel(
     packed = gl.where(capacity == 0, gl.maximum(n - sinks, 0), gl.maximum(n - sinks - window, 0) // 32 * 32)
     tiles = (packed + 31) // 32
     steps = (tiles + TILES - 1) // TILES
-    dealt = _dealt_out(steps, splits, claiming)
+    dealt = _dealt_out(steps, splits, to_claim)
     first = _first_step(split, splits, dealt, chunks, exact_quarters)
     end = _first_step(split + 1, splits, dealt, chunks, exact_quarters)
     claims += bh * gl.num_programs(2) + gl.program_id(2)
@@ -350,16 +350,19 @@ def gluon_splits_kernel(
             _send_for(p_v, first * TILES, tiles, 4 * D * V_BITS, TILES)
         n_sinks = gl.minimum(n, sinks)
         n_exact = n_sinks + gl.where(capacity == 0, 0, gl.maximum(n - sinks, 0) - packed)
-        at_q = q_exact + b * stride_qb + h * G * stride_qh
+        at_q = q_exact + b * stride_qb + h * (group if SEVERAL else G) * stride_qh
         at_s = b * stride_sb + h * stride_sh
         at_r = b * stride_rb + h * stride_rh
-        at_part = (bh * chunks + split).to(gl.int64) * G
+        at_part = (bh * (chunks + 1 if SEVERAL else chunks) + split).to(gl.int64) * G
         for x in gl.static_range(HT):
             m_exact, l_exact, acc_exact = attend_exact(
-                at_q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, (group + x) * 8, split,
-                n_sinks, n_exact, packed, capacity, chunk_tokens, factor, cap, G, D, QD, EXACT_TOKENS, SOFTCAP, S_L,
+                at_q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, stride_qn, at_s, at_r, (head_tile + x) * 8,
+                split, n_sinks, n_exact, packed, capacity, chunk_tokens, group, q_len, factor, cap, G, D, QD,
+                EXACT_TOKENS, SOFTCAP, SEVERAL, S_L,
             )  # fmt: skip
-            store_part(exact_o, exact_ml, m_exact, l_exact, acc_exact, at_part, (group + x) * 8, G, D, QD, True, S_L)
+            store_part(
+                exact_o, exact_ml, m_exact, l_exact, acc_exact, at_part, (head_tile + x) * 8, G, D, QD, True, S_L
+            )
     # One allocation per plane: Triton 3.6 puts a barrier between any two copies into the same allocation.
     ring = ()
     for _ in gl.static_range(TILES * PLANES):
@@ -405,7 +408,7 @@ def gluon_splits_kernel(
     acc = ()
     for x in gl.static_range(HT):
         q_x, start_x, step_x, bias_x = _load_query(
-            rotated, bias, bh.to(gl.int64) * G, (group + x) * 8, head, D, G, QD, K_BITS, S_L
+            rotated, bias, bh.to(gl.int64) * G, (head_tile + x) * 8, head, D, G, QD, K_BITS, S_L
         )
         q += q_x
         q_start += (start_x,)
@@ -452,4 +455,4 @@ def gluon_splits_kernel(
         for c in gl.static_range(CHUNKS):
             o = acc[x * CHUNKS + c] * unit[:, None] - below[None, :]
             mine = mine + (o * (1.0 / 127.0) if V_BITS == 8 else o,)
-        store_part(split_o, split_ml, m_out, l[x], mine, at_split, (group + x) * 8, G, D, QD, False, S_L)
+        store_part(split_o, split_ml, m_out, l[x], mine, at_split, (head_tile + x) * 8, G, D, QD, False, S_L)

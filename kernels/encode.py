@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .chip import is_hopper, launches_early, multiprocessors, shared_kib
 from .mapped import mapped, mapped_here, shift_rows
 from .operands import feedback_at, load_remainder, load_shift, load_square, padded_dim, prepared, size
 from .pack import get_words, put_scales, put_words, quantize, token_order
@@ -203,39 +204,25 @@ def launch_options(dim: int, shared: int, feedback: bool, rest: bool = False) ->
     return {**options, "num_stages": 3 if wide or dim in (32, 64) else 2}
 
 
-def shared_kib(device: torch.device) -> int:
-    """Shared memory of a multiprocessor in KiB; what an sm_80 has for the interpreter."""
-    if device.type != "cuda":
-        return 164
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor // 1024
-
-
-def launches_early(device: torch.device) -> bool:
-    """Whether a launch can begin while the one before it ends: programmatic dependent launch."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def runs_gluon(x: torch.Tensor) -> bool:
     """Whether whole blocks of x are encoded by `encode_gluon`: bf16 of 256 dims, on Hopper, in rows that are
     16-byte aligned and a multiple of 32 bytes apart."""
     aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:3])
-    nvidia = x.is_cuda and torch.version.hip is None  # AMD's gfx9 has capability 9, too
-    hopper = nvidia and torch.cuda.get_device_capability(x.device)[0] == 9
-    return hopper and aligned and x.shape[-1] == 256 and x.dtype == torch.bfloat16
+    return is_hopper(x.device) and aligned and x.shape[-1] == 256 and x.dtype == torch.bfloat16
 
 
 def encode_many(
-    x, ring, codes, scales, map, shift, feedback, operands, length, start, tiles, sinks, window, role, book
-):
-    """Launch the kernels over at most `tiles` tiles per row and head."""
+    x, ring, codes, scales, map, shift, feedback, operands, length, start, tiles, sinks, window, role, book,
+    gluon: bool,
+):  # fmt: skip
+    """Launch the kernels over at most `tiles` tiles per row and head; gluon: that one too, where it runs."""
     batch, heads, n, dim = x.shape
     operands = prepared(operands, map, shift, feedback, role)
     words = as_words(codes, scales)
-    rest = tiles >= 4 and runs_gluon(x)
+    rest = gluon and tiles >= 4 and runs_gluon(x)
     options = launch_options(dim, shared_kib(x.device), feedback is not None, rest)
     blocks = triton.cdiv(tiles, options["TILES"])
-    cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    cores = multiprocessors(x.device)
     per_program = max(1, triton.cdiv(blocks * batch * heads, RESIDENT.get(padded_dim(dim), 1) * cores))
     pdl = launches_early(x.device)
     encode_kernel[(batch * heads, triton.cdiv(blocks, per_program))](
@@ -260,7 +247,7 @@ def encode_many(
 
 def encode(
     x: torch.Tensor, map: torch.Tensor, shift: torch.Tensor, book, role: str, feedback: torch.Tensor | None = None,
-    operands: torch.Tensor | None = None,
+    operands: torch.Tensor | None = None, impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Map, quantise and pack x, as `reference.encode`.
 
@@ -271,19 +258,28 @@ def encode(
         role: "key" or "value".
         feedback: float32 [H, D / 2, D / 2], multiplied as bf16, or None.
         operands: what `prepare` makes of map, shift and feedback, or None: made here, one launch more.
+        impl: "gluon" (whole blocks of bf16 vectors of 256 dims, on Hopper), "triton", or "auto": the first that runs.
 
     Returns:
         codes uint8 [B, H, T, 32 * D * bits / 8] and scales float16 [B, H, T, 32], T = ceil(N / 32).
 
     Raises:
-        ValueError: operands of other maps, by their shape or type.
+        ValueError: operands of other maps, by their shape or type, or impl="gluon" where it does not run.
     """
     batch, heads, n, dim = x.shape
+    if impl == "gluon" and not runs_gluon(x):
+        raise ValueError(
+            f"impl='gluon' encodes bfloat16 vectors of 256 dims in 16-byte aligned rows on Hopper, got {x.dtype} of "
+            f"{dim} dims, strides {x.stride()}, on {x.device}; use impl='triton'"
+        )
     tiles = triton.cdiv(n, TILE)
     codes = torch.empty(batch, heads, tiles, TILE * dim * book.bits // 8, dtype=torch.uint8, device=x.device)
     scales = torch.empty(batch, heads, tiles, TILE, dtype=torch.float16, device=x.device)
     if codes.numel():
         x = unit_stride(x)
         map, shift = map.contiguous(), shift.contiguous()
-        encode_many(x, None, codes, scales, map, shift, feedback, operands, None, None, tiles, 0, 0, role, book)
+        encode_many(
+            x, None, codes, scales, map, shift, feedback, operands, None, None, tiles, 0, 0, role, book,
+            gluon=impl != "triton",
+        )  # fmt: skip
     return codes, scales

@@ -46,9 +46,10 @@ def _copy_exact(
 
 @gluon.jit
 def attend_exact(
-    q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, at_s, at_r, first_head, chunk, n_sinks, count, packed, capacity,
-    chunk_tokens, factor, cap,
-    G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, T: gl.constexpr, SOFTCAP: gl.constexpr, S_L: gl.constexpr,
+    q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, stride_qn, at_s, at_r, first_head, chunk, n_sinks, count,
+    packed, capacity, chunk_tokens, group, q_len, factor, cap,
+    G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, T: gl.constexpr, SOFTCAP: gl.constexpr,
+    SEVERAL: gl.constexpr, S_L: gl.constexpr,
 ):  # fmt: skip
     """Online softmax of 8 query heads over chunk_tokens of the `count` exact tokens, T at a time: maximum, sum, and
     output for each QD dimensions; -1e30, 0 and 0 of no tokens.
@@ -78,11 +79,15 @@ def attend_exact(
 
     row = gl.arange(0, 16, gl.SliceLayout(1, QA))
     col = gl.arange(0, QD, gl.SliceLayout(0, QA))
-    head = gl.minimum(first_head + row % 8, G - 1)
+    if SEVERAL:
+        index = gl.minimum(first_head + row % 8, group * q_len - 1)
+        q += index[:, None] // q_len * stride_qh + index[:, None] % q_len * stride_qn
+    else:
+        q += gl.minimum(first_head + row % 8, G - 1)[:, None] * stride_qh
     x = ()
     acc = ()
     for c in gl.static_range(PARTS):
-        full = gl.load(q + head[:, None] * stride_qh + (c * QD + col)[None, :]).to(gl.float32)
+        full = gl.load(q + (c * QD + col)[None, :]).to(gl.float32)
         x_high = full.to(dtype)
         x_low = (full - x_high.to(gl.float32)).to(dtype)
         x = x + (gl.where((row < 8)[:, None], x_high, x_low),)

@@ -1,5 +1,8 @@
 """Attention of several queries per row over packed K and V, the exact window and sinks, and causally over new tokens.
 
+A few queries are left to the kernels of decode_attention.py, which read the codes once for all of them; what follows
+is for more.
+
 Four launches.  `exact_kernel` is flash attention over sinks, ring and new tokens; beside it `rotate_kernel` maps the
 queries once.  `packed_kernel` is flash attention whose K and V operands are unpacked in registers once per block of
 query rows (all G query heads of a KV head share a block).  Both attentions leave normalised partial outputs and the
@@ -15,7 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .encode import WIDE, launches_early, padded_dim, shared_kib
+from .chip import launches_early, multiprocessors, shared_kib
+from .decode_attention import MAX_PAIRS, several_obstacle, several_queries
+from .encode import WIDE, padded_dim
 from .levels import level_unit, levels_asm, unpack
 from .mapped import load_map, map_operands, two_parts
 from .operands import contiguous
@@ -376,7 +381,7 @@ def launch_options(
         block = {"M": 16, "num_warps": 4, "num_stages": 1}
         return {**ends, "packed": {**block, "TILES": 1}, "exact": {**block, "N": 32}}
     if padded > 128 or not wide:
-        m = min(m, 64)
+        m = min(m, 64 if padded <= 256 or shared >= 160 else 32)
     if wide:
         packed = {"M": min(m, 64), "TILES": 4 if padded <= 128 else 2, "num_warps": 4, "num_stages": 2}
     else:  # fewer registers hold one tile when the operands of mma.sync come from them
@@ -385,7 +390,8 @@ def launch_options(
     if few:
         m = min(m, 64)
     exact = {"M": m, "N": 64 if padded <= 128 and not few else 32, "num_warps": 8 if m == 128 else 4}
-    return {**ends, "packed": packed, "exact": {**exact, "num_stages": 3 if padded <= 128 and wide else 2}}
+    stages = 3 if padded <= 128 and wide else 2 if padded <= 256 or shared >= 160 else 1
+    return {**ends, "packed": packed, "exact": {**exact, "num_stages": stages}}
 
 
 def extend_attention(
@@ -394,14 +400,20 @@ def extend_attention(
     k_sinks: torch.Tensor, v_sinks: torch.Tensor, k_recent: torch.Tensor, v_recent: torch.Tensor,
     length: torch.Tensor, start: torch.Tensor, query_map: torch.Tensor, key_shift: torch.Tensor,
     output_map: torch.Tensor, value_shift: torch.Tensor, window: int, scale: float, softcap: float,
-    sink_logits: torch.Tensor | None, key_book, value_book,
+    sink_logits: torch.Tensor | None, k_bits: int, v_bits: int, impl: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
     """Attention of q [B, Hq, q_len, D] over a packed cache of `length` tokens and causally over k_new, v_new.
 
-    Arguments and result are those of `reference.attention`; `key_book` and `value_book` have a field bits.
+    Arguments and result are those of `reference.attention`.
+
+    Args:
+        k_bits, v_bits: code widths of k_codes and v_codes.
+        impl: "gluon" (`decode_attention.several_queries`: few queries, NVIDIA GPUs), "triton" (any number of queries),
+            "auto": the first that takes them.
 
     Raises:
-        ValueError: queries of another number of rows or heads, or strides that a kernel cannot follow.
+        ValueError: queries of another number of rows or heads, strides that a kernel cannot follow, or impl="gluon"
+            where it does not run.
     """
     batch, q_heads, q_len, dim = q.shape
     check_queries(q, k_codes)
@@ -409,18 +421,31 @@ def extend_attention(
         return torch.empty_like(q)
     heads, capacity, sinks = k_codes.shape[1], k_recent.shape[2], k_sinks.shape[2]
     group = q_heads // heads
-    if k_sinks.stride() != v_sinks.stride() or k_recent.stride() != v_recent.stride():
+    if batch * heads > MAX_PAIRS:
+        raise ValueError(
+            f"expected at most {MAX_PAIRS} pairs of row and KV head, got {batch} x {heads}; split the batch"
+        )
+    if (k_sinks.stride() != v_sinks.stride() and sinks) or k_recent.stride() != v_recent.stride():
         raise ValueError("expected sinks (and rings) of keys and values to have equal strides; allocate them alike")
     if any(t.stride(-1) != 1 for t in (k_codes, v_codes, k_scales, v_scales)):
         raise ValueError("expected codes and scales contiguous along their last dimension; call .contiguous() on them")
+    exact = (k_sinks, v_sinks, k_recent, v_recent)
+    obstacle = several_obstacle(q, (k_codes, k_scales, v_codes, v_scales), exact)
+    if impl == "gluon" and obstacle:
+        raise ValueError(f"impl='gluon' does not run here: {obstacle}; use impl='triton'")
+    if impl != "triton" and obstacle is None:
+        return several_queries(
+            q, k_new, v_new, k_codes, k_scales, v_codes, v_scales, *exact, length, start, query_map, key_shift,
+            output_map, value_shift, window, scale, softcap, sink_logits,
+            k_bits=k_bits, v_bits=v_bits,
+        )  # fmt: skip
     interpreted = triton.knobs.runtime.interpret
     k_type, v_type, exact_type = operand_types(q.dtype, interpreted)
     asm = not interpreted and torch.version.hip is None
-    k_bits, v_bits = key_book.bits, value_book.bits
     precision = product_precision(q.dtype, dim, shared_kib(q.device), tf32=asm)
     split_operand = tl.float32 if interpreted else tl.bfloat16
     padded = padded_dim(dim)
-    cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
+    cores = multiprocessors(q.device)
     few = triton.cdiv(group * q_len, 128) * batch * heads < cores
     options = launch_options(dim, group * q_len, q.dtype, shared_kib(q.device), few)
     k_words, v_words = k_codes.view(torch.int32), v_codes.view(torch.int32)

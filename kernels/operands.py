@@ -68,7 +68,7 @@ def survey(map, shift, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def prepare_kernel(
+def operands_kernel(
     map, shift, feedback, operands,
     D: tl.constexpr, DP: tl.constexpr, KEY: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +138,7 @@ def prepare(map: torch.Tensor, shift: torch.Tensor, role: str, feedback: torch.T
     heads, dim = shift.shape
     padded = padded_dim(dim)
     operands = torch.empty(heads, size(padded, feedback is not None), dtype=torch.int16, device=map.device)
-    prepare_kernel[(heads,)](
+    operands_kernel[(heads,)](
         map.contiguous(), shift.contiguous(), contiguous(feedback), operands.view(torch.bfloat16),
         D=dim, DP=padded, KEY=role == "key", ROWS=ROWS, num_warps=WARPS,
     )  # fmt: skip

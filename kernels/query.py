@@ -10,6 +10,9 @@ Grid: first heads * ceil(B * G / 16) * D / COLUMNS programs that map 16 queries 
 to COLUMNS dimensions, so that no program waits for a whole map; then, if EXACT (the Gluon kernel attends to 16-bit
 windows itself), one program for each (row, KV head, 16 of its query heads, chunk of exact tokens).
 
+`prepare_several_kernel` does it for a few queries to a head, which are more heads to what follows: row r of a KV head
+is query r % q_len of its query head r // q_len.  Further programs attend to the new tokens: one exact part more.
+
 Of the map programs each also sets some of the splits' counters of claimed steps to zero.
 
 Under programmatic dependent launch (PDL) this launch begins while the one before it ends, and lets the splits begin
@@ -37,11 +40,15 @@ def packed_count(n, sinks, window, capacity):
 
 @triton.jit
 def _prepare(
-    pid, q, query_map, key_shift, rotated, bias, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
+    pid, q, query_map, key_shift, rotated, bias, claims, stride_qb, stride_qh, stride_qn, batch, heads, group, q_len,
+    counters, factor, inverse_unit,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr, SEVERAL: tl.constexpr,
 ):  # fmt: skip
-    """Map 16 queries of KV head pid % heads to dimensions COLUMNS * (pid // heads % (D / COLUMNS)) and on."""
+    """Map 16 queries of KV head pid % heads to dimensions COLUMNS * (pid // heads % (D / COLUMNS)) and on.
+
+    SEVERAL: of the G rows of a KV head, group * q_len are queries, the others zeros.
+    """
     PARTS: tl.constexpr = D // COLUMNS
     h = (pid % heads).to(tl.int64)
     part = pid // heads % PARTS
@@ -49,6 +56,13 @@ def _prepare(
     b = (index // G).to(tl.int64)
     g = index % G
     live = b < batch
+    if SEVERAL:
+        given = live & (g < group * q_len)
+        p_q = q + b[:, None] * stride_qb + (h * group + g // q_len)[:, None] * stride_qh
+        p_q += (g % q_len).to(tl.int64)[:, None] * stride_qn
+    else:
+        given = live
+        p_q = q + b[:, None] * stride_qb + (h * G + g)[:, None] * stride_qh
     column = part * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, DP)
     inside = inner < D
@@ -65,8 +79,7 @@ def _prepare(
     # [DP, COLUMNS]
     part_map = tl.load(p_map + inner[:, None] * D + column[None, :], mask=inside[:, None], other=0.0)
     shift = tl.load(key_shift + h * D + inner, mask=inside, other=0.0)
-    p_q = q + b[:, None] * stride_qb + (h * G + g)[:, None] * stride_qh
-    x = tl.load(p_q + inner[None, :], mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    x = tl.load(p_q + inner[None, :], mask=given[:, None] & inside[None, :], other=0.0).to(tl.float32)
     if q.dtype.element_ty == tl.bfloat16:  # exact queries, the map in two parts: 17 bits
         m_high, m_low = map_operands(part_map, OPERAND)
         y = tl.dot(x.to(OPERAND), m_low, input_precision="ieee")
@@ -78,6 +91,22 @@ def _prepare(
     tl.store(rotated + row[:, None] * D + column[None, :], y * (factor * inverse_unit), mask=live[:, None])
     if part == 0:
         tl.store(bias + row, tl.sum(x * shift[None, :], axis=1) * factor, mask=live)
+    index = pid.to(tl.int64) * 128 + tl.arange(0, 128)  # enough: one serves 8 heads of a row or more
+    tl.store(claims + index, 0, mask=index < counters)
+
+
+@triton.jit
+def _softmax(x, k, v, visible, factor, cap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Maximum (log2) and sum of the softmax of x over the tokens that are visible, and un-normalised output."""
+    s = tl.dot(x, tl.trans(k), input_precision=PRECISION) * factor
+    if SOFTCAP:
+        s = softcapped(s, cap)
+    s = tl.where(visible, s, float("-inf"))
+    m = tl.maximum(tl.max(s, axis=1), -1e30)
+    p = tl.exp2(s - m[:, None])
+    if PRECISION == "tf32":  # what the product below sees, so that it and the sum agree
+        p = (p.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return m, tl.sum(p, axis=1), tl.dot(p, v, input_precision=PRECISION)
 
 
 @triton.jit
@@ -122,19 +151,47 @@ def _attend_exact(
     if chunk * CHUNK < in_sinks:
         k += tl.load(k_sinks + at_s, mask=mask_s, other=0.0).to(tl.float32)
         v += tl.load(v_sinks + at_s, mask=mask_s, other=0.0).to(tl.float32)
-    s = tl.dot(x, tl.trans(k), input_precision=PRECISION) * factor
-    if SOFTCAP:
-        s = softcapped(s, cap)
-    s = tl.where(live[None, :], s, float("-inf"))
-    m = tl.maximum(tl.max(s, axis=1), -1e30)
-    p = tl.exp2(s - m[:, None])
-    if PRECISION == "tf32":  # what the product below sees, so that it and the sum agree
-        p = (p.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    m, l, o = _softmax(x, k, v, live[None, :], factor, cap, SOFTCAP, PRECISION)
     q_row = ((bh * chunks + chunk) * G + head).to(tl.int64)
     tl.store(exact_ml + 2 * q_row, m, mask=has_head)
-    tl.store(exact_ml + 2 * q_row + 1, tl.sum(p, axis=1), mask=has_head)
-    o = tl.dot(p, v, input_precision=PRECISION)
+    tl.store(exact_ml + 2 * q_row + 1, l, mask=has_head)
     tl.store(exact_o + q_row[:, None] * D + dims[None, :], o, mask=has_head[:, None] & in_dim)
+
+
+@triton.jit
+def _attend_new(
+    pid, q, k_new, v_new, length, start, exact_o, exact_ml, stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, heads, group, q_len, chunks, factor, cap,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SOFTCAP: tl.constexpr, NEW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention of 16 of a KV head's G rows to its at most NEW new tokens: exact part `chunks`, after the window's."""
+    BLOCKS: tl.constexpr = (G + 15) // 16
+    bh = (pid // BLOCKS).to(tl.int64)
+    b = bh // heads
+    h = bh % heads
+    row = pid % BLOCKS * 16 + tl.arange(0, 16)
+    given = row < group * q_len
+    query = row % q_len
+    token = tl.arange(0, NEW)
+    skip = tl.load(start + b) - tl.load(length)  # padding among the new tokens, if positive
+    visible = (token[None, :] <= query[:, None]) & given[:, None] & (token >= skip)[None, :]
+    dims = tl.arange(0, DP)
+    in_dim = (dims < D)[None, :]
+    at_q = b * stride_qb + (h * group + row // q_len)[:, None] * stride_qh + query.to(tl.int64)[:, None] * stride_qn
+    x = tl.load(q + at_q + dims[None, :], mask=given[:, None] & in_dim, other=0.0).to(tl.float32)
+    at = token.to(tl.int64)[:, None]
+    wanted = ((token < q_len) & (token >= skip))[:, None] & in_dim
+    k = tl.load(k_new + b * stride_kb + h * stride_kh + at * stride_kn + dims[None, :], mask=wanted, other=0.0)
+    v = tl.load(v_new + b * stride_vb + h * stride_vh + at * stride_vn + dims[None, :], mask=wanted, other=0.0)
+    m, l, o = _softmax(x, k.to(tl.float32), v.to(tl.float32), visible, factor, cap, SOFTCAP, PRECISION)
+    # Outputs may be stored in 16 bits: those of mass 1 are no larger than the values.
+    m = tl.where(l == 0, m, m + tl.log2(l))
+    o *= tl.where(l == 0, 0.0, 1.0 / l)[:, None]
+    to = (bh * (chunks + 1) + chunks) * G + row
+    tl.store(exact_ml + 2 * to, m, mask=row < G)
+    tl.store(exact_ml + 2 * to + 1, tl.where(l == 0, 0.0, 1.0), mask=row < G)
+    tl.store(exact_o + to[:, None] * D + dims[None, :], o, mask=(row < G)[:, None] & in_dim)
 
 
 @triton.jit(do_not_specialize=["batch", "chunks", "counters"])
@@ -157,11 +214,9 @@ def prepare_kernel(
     maps = heads * ((batch * G + 15) // 16) * (D // COLUMNS)
     if pid < maps:
         _prepare(
-            pid, q, query_map, key_shift, rotated, bias, stride_qb, stride_qh, batch, heads, factor, inverse_unit,
-            G, D, DP, COLUMNS, OPERAND, PRECISION, PDL,
+            pid, q, query_map, key_shift, rotated, bias, claims, stride_qb, stride_qh, 0, batch, heads, G, 1,
+            counters, factor, inverse_unit, G, D, DP, COLUMNS, OPERAND, PRECISION, PDL, False,
         )  # fmt: skip
-        index = pid.to(tl.int64) * 128 + tl.arange(0, 128)  # enough: one serves 8 heads of a row or more
-        tl.store(claims + index, 0, mask=index < counters)
     elif EXACT:
         if PDL:
             tl.extra.cuda.gdc_wait()
@@ -170,6 +225,36 @@ def prepare_kernel(
             pid - maps, q, k_sinks, v_sinks, k_recent, v_recent, length, start, exact_o, exact_ml,
             stride_qb, stride_qh, stride_sb, stride_sh, stride_rb, stride_rh,
             heads, sinks, window, capacity, chunks, factor, cap, G, D, DP, SOFTCAP, CHUNK, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["batch", "chunks", "counters", "group", "q_len"])
+def prepare_several_kernel(
+    q, k_new, v_new, length, start, query_map, key_shift, rotated, bias, claims, exact_o, exact_ml,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    batch, heads, group, q_len, counters, chunks, factor, inverse_unit, cap,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, OPERAND: tl.constexpr,
+    SOFTCAP: tl.constexpr, NEW: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """prepare_kernel of q [B, Hq, q_len, D], whose queries are the first group * q_len of G rows of a KV head.
+
+    k_new, v_new: [B, H, q_len, D], q_len <= NEW.  exact_o: [B * H, chunks + 1, G, D]; exact_ml likewise.
+    """
+    pid = tl.program_id(0)
+    maps = heads * ((batch * G + 15) // 16) * (D // COLUMNS)
+    if pid < maps:
+        _prepare(
+            pid, q, query_map, key_shift, rotated, bias, claims, stride_qb, stride_qh, stride_qn, batch, heads, group,
+            q_len, counters, factor, inverse_unit, G, D, DP, COLUMNS, OPERAND, PRECISION, PDL, True,
+        )  # fmt: skip
+    else:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        _attend_new(
+            pid - maps, q, k_new, v_new, length, start, exact_o, exact_ml, stride_qb, stride_qh, stride_qn,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, heads, group, q_len, chunks, factor, cap,
+            G, D, DP, SOFTCAP, NEW, PRECISION,
         )  # fmt: skip
 
 

@@ -127,14 +127,15 @@ def copies_beyond_cache(size: int) -> int:
     return max(1, min(16, -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // size)))
 
 
-def time_baselines(row: Row) -> dict[str, tuple[dict[str, float], float]]:
+def time_baselines(row: Row, q_len: int = 1) -> dict[str, tuple[dict[str, float], float]]:
     """Times of the bf16 kernels that are installed and run on this shape, and their error; wrong ones are left out."""
     b, h, d, n = row.batch, row.kv_heads, row.head_dim, row.length
-    q = torch.randn(b, h * row.group, 1, d, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(b, h * row.group, q_len, d, device="cuda", dtype=torch.bfloat16)
     copies = range(copies_beyond_cache(own_bytes(row, 16)))
     caches = [torch.randn(2, b, h, n, d, device="cuda", dtype=torch.bfloat16) for _ in copies]
     k, v = caches[0][:, :1].float()
-    exact = torch.nn.functional.scaled_dot_product_attention(q[:1].float(), k, v, enable_gqa=True).flatten()
+    seen = torch.ones(q_len, n, dtype=torch.bool, device="cuda").tril(n - q_len)
+    exact = torch.nn.functional.scaled_dot_product_attention(q[:1].float(), k, v, seen, enable_gqa=True).flatten()
     del k, v
     measured = {}
     for name, calls in bf16_kernels.calls(q, caches).items():

@@ -1,4 +1,4 @@
-"""The bf16 decode attention kernels that `benchmark.py attention` compares with, as far as they are installed."""
+"""The bf16 attention kernels that the benchmarks compare with, as far as they are installed."""
 
 import importlib
 import sys
@@ -9,6 +9,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 Call = Callable[[], torch.Tensor]
 PAGE = 64  # tokens to a page of FlashInfer's cache
@@ -18,7 +19,7 @@ def calls(q: torch.Tensor, caches: list[torch.Tensor]) -> dict[str, list[Call]]:
     """Calls of every installed kernel, one for each cache; whether it accepts the shape shows when it is called.
 
     Args:
-        q: bf16 [B, Hq, 1, D].
+        q: bf16 [B, Hq, q_len, D]; several queries see the cache causally, the last one all of it.
         caches: bf16 [2, B, H, N, D] each, keys and values; kernels that want another layout get a copy in it.
     """
     backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -26,10 +27,10 @@ def calls(q: torch.Tensor, caches: list[torch.Tensor]) -> dict[str, list[Call]]:
     found: dict[str, list[Call]] = {}
     for name, backend in backends.items():
         found[f"sdpa {name} bf16"] = [partial(_sdpa, backend, q, *kv) for kv in caches]
-    for name, package, make in (
-        ("flash-attention 3 bf16", "fa3_fwd_interface", _flash_attention_3),
-        ("flashinfer bf16", "flashinfer", _flashinfer),
-    ):
+    others = [("flash-attention 3 bf16", "fa3_fwd_interface", _flash_attention_3)]
+    if q.shape[2] == 1:
+        others.append(("flashinfer bf16", "flashinfer", _flashinfer))
+    for name, package, make in others:
         try:
             found[name] = [make(importlib.import_module(package), q, kv) for kv in caches]
         except ImportError as missing:
@@ -42,13 +43,15 @@ def calls(q: torch.Tensor, caches: list[torch.Tensor]) -> dict[str, list[Call]]:
 def _sdpa(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     with sdpa_kernel(backend), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says at length why each other backend is not used
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        mask = causal_lower_right(q.shape[2], k.shape[2]) if q.shape[2] > 1 else None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 def _flash_attention_3(package, q: torch.Tensor, kv: torch.Tensor) -> Call:  # type: ignore[no-untyped-def]
     lengths = torch.full((q.shape[0],), kv.shape[3], device=q.device, dtype=torch.int32)
     k, v = kv.transpose(2, 3).contiguous()  # [B, N, H, D]
-    return partial(package.flash_attn_with_kvcache, q.transpose(1, 2).contiguous(), k, v, cache_seqlens=lengths)
+    query = q.transpose(1, 2).contiguous()
+    return lambda: package.flash_attn_with_kvcache(query, k, v, cache_seqlens=lengths, causal=True).transpose(1, 2)
 
 
 def _flashinfer(package, q: torch.Tensor, kv: torch.Tensor) -> Call:  # type: ignore[no-untyped-def]

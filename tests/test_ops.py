@@ -111,3 +111,63 @@ def test_compiled_append_then_attention_sees_the_new_tokens(rng: torch.Generator
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(torch.tensor(150))
     state[:] = copy
     assert torch.equal(compiled, step(torch.tensor(150)))
+
+
+WRONG = {
+    "encode": [
+        (0, lambda x: x[..., :40], "head_dim"),
+        (1, lambda x: x[:1], r"key map \[2, 64, 64\], got \[1, 64"),
+        (4, lambda _: "keys", "role"),
+    ],
+    "prepare": [(1, lambda x: x[:, :32], "key map"), (2, lambda _: "keys", "role")],
+    "append_": [
+        (8, lambda x: x[:1], r"new keys \[2, 2, 40, 64\], got \[1, 2"),
+        (9, lambda x: x[:, :, :30], r"new values \[2, 2, 40, 64\], got \[2, 2, 30"),
+        (2, lambda x: x[:, :, :1], "tiles of value codes"),
+        (11, lambda x: x[:1], "start"),
+        (14, lambda x: x[:, :8], "value map"),
+    ],
+    "decode_attention": [
+        (0, lambda x: x.expand(-1, -1, 5, -1), "one query token per row, got 5; use extend_attention"),
+        (0, lambda x: torch.cat([x, x], -1), "head_dim 64, as in the cache"),
+        (0, lambda x: x[:, :3], "a multiple of 2 heads"),
+        (4, lambda x: x[:, :, :1], "value scales"),
+        (6, lambda x: x[:1], "sinks of values|sinks"),
+    ],
+    "extend_attention": [
+        (1, lambda x: x[:, :, :3], r"new keys \[2, 2, 40, 64\], got \[2, 2, 3, 64\]"),
+        (9, lambda x: x[:, :1], "a ring"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_shapes_that_do_not_fit_are_refused_on_every_device_and_by_fakes(name: str, rng: torch.Generator) -> None:
+    args, kwargs = call(name, rng)
+    for place, change, message in WRONG[name]:
+        wrong = [change(x) if i == place else x for i, x in enumerate(args)]
+        with pytest.raises(ValueError, match=message):
+            getattr(ops, name)(*wrong, **kwargs)
+        on_meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in wrong]
+        more = {key: x.to("meta") if isinstance(x, torch.Tensor) else x for key, x in kwargs.items()}
+        with pytest.raises(ValueError, match=message):
+            getattr(ops, name)(*on_meta, **more)
+
+
+def test_sink_logits_are_one_to_a_query_head(rng: torch.Generator) -> None:
+    args, kwargs = call("decode_attention", rng)
+    with pytest.raises(ValueError, match=r"sink logits \[4\], got \[2\]"):
+        ops.decode_attention(*args, **kwargs | {"sink_logits": torch.zeros(2)})
+
+
+def test_plain_torch_runs_as_kernels_do_without_gradients_or_autocast(rng: torch.Generator) -> None:
+    args, _ = call("append_", rng)
+    x = torch.randn(2, 2, 40, DIM, generator=rng, requires_grad=True)
+    map = torch.randn(2, DIM, DIM, generator=rng)
+    want = ops.encode(x.detach(), map, torch.zeros(2, DIM), 8, "key")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ops.encode(x, map, torch.zeros(2, DIM), 8, "key")
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    args[8] = x
+    ops.append_(*args)
+    assert not any(t.requires_grad for t in args[:8])

@@ -82,11 +82,15 @@ class TurboQuantLayer(CacheLayerMixin):
         self.dtype, self.device, self.batch_size, self.head_dim = key_states.dtype, key_states.device, batch, dim
         with _ordinary():
             self._allocate(batch, heads, dim)
+        self._mark_static(*self.buffers(), self.length, self.start, self.key_operands, self.value_operands)
+        self.is_initialized = True
+
+    def _mark_static(self, *tensors: torch.Tensor | None) -> None:
+        """Compiled graphs may take the addresses of these for granted."""
         if self.is_compileable and not torch.compiler.is_compiling():
-            for tensor in (*self.buffers(), self.length, self.start, self.key_operands, self.value_operands):
+            for tensor in tensors:
                 if tensor is not None:
                     torch._dynamo.mark_static_address(tensor)
-        self.is_initialized = True
 
     def _allocate(self, batch: int, heads: int, dim: int) -> None:
         """Maps, and buffers of an empty cache."""
@@ -220,8 +224,7 @@ class TurboQuantLayer(CacheLayerMixin):
         self.max_cache_len = max_cache_len
         if self.is_initialized:
             self._allocate_tiles(self._static_tiles())
-            for name in _BUFFERS[:4]:
-                torch._dynamo.mark_static_address(getattr(self, name))
+            self._mark_static(*self.buffers()[:4])
 
     def _static_tiles(self) -> int:
         return 0 if self.max_cache_len is None else max(0, self.max_cache_len - self.sinks - self.window) // TILE
@@ -334,6 +337,7 @@ class TurboQuantLayer(CacheLayerMixin):
             with _ordinary():
                 for name in (*_BUFFERS, "start"):
                     setattr(self, name, getattr(self, name).index_select(0, indices.to(self.device)))
+            self._mark_static(*self.buffers(), self.start)
             self.batch_size = self.start.shape[0]
 
     def offload(self) -> None:

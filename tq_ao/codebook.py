@@ -41,7 +41,11 @@ class Codebook:
 
     def tensor(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Levels as a float32 tensor [2**bits], indexed by code."""
-        return _levels_tensor(self.bits, torch.device(device or "cpu"))
+        device = torch.device(device or "cpu")
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        with torch.inference_mode(False):  # an inference tensor could not be used in a later graph
+            return _levels_tensor(self.bits, device)
 
 
 def _pdf(x: float) -> float:

@@ -5,12 +5,18 @@ names a path: "auto" is the fastest that supports the device and shape, any othe
 error, never a fallback.  Argument meanings are those of `reference.append_` and `reference.attention`; operands are
 what `prepare` makes of a map, its shift and feedback, for kernels, which otherwise make them at each call.  The
 reference does not read them.
+
+Shapes are checked here, for every implementation and for `torch.compile`.  That `length` tokens fit the buffers is the
+caller's to see to: it is on the device.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from tq_ao import reference
-from tq_ao.codebook import Codebook, codebook
+from tq_ao.codebook import ROLES, codebook
 from tq_ao.packing import TILE, tile_bytes
 from tq_ao.reference import bits_of
 
@@ -59,48 +65,143 @@ def _named(impl: str, device: torch.device, *supported: str) -> str:
     return impl
 
 
-def _books(k_codes: torch.Tensor, v_codes: torch.Tensor, head_dim: int) -> tuple[Codebook, Codebook]:
-    return codebook(bits_of(k_codes, head_dim)), codebook(bits_of(v_codes, head_dim))
+def _expect(what: str, want: tuple[int, ...], got: tuple[int, ...]) -> None:
+    if got != want:
+        raise ValueError(f"expected {what} {list(want)}, got {list(got)}")
+
+
+def _check_maps(side: str, map: torch.Tensor, shift: torch.Tensor, heads: int, dim: int) -> None:
+    _expect(f"{side} map", (heads, dim, dim), map.shape)
+    _expect(f"{side} shift", (heads, dim), shift.shape)
+
+
+def _check_role(role: str) -> None:
+    if role not in ROLES:
+        raise ValueError(f"expected role in {ROLES}, got {role!r}")
+
+
+def _check_feedback(feedback: torch.Tensor | None, heads: int, dim: int) -> None:
+    if feedback is not None:
+        _expect("feedback", (heads, dim // 2, dim // 2), feedback.shape)
+
+
+def _check_encode(x, map, shift, bits, role, feedback) -> None:
+    _check_role(role)
+    tile_bytes(bits, x.shape[-1])
+    _check_maps(role, map, shift, x.shape[1], x.shape[-1])
+    _check_feedback(feedback, x.shape[1], x.shape[-1])
+
+
+def _check_append(
+    k_codes, k_scales, v_codes, v_scales, k_sinks, v_sinks, k_recent, v_recent, k, v, length, start, key_map, key_shift,
+    value_map, value_shift, window, key_feedback, value_feedback,
+) -> tuple[int, int]:  # fmt: skip
+    batch, heads, dim = k_recent.shape[0], k_recent.shape[1], k_recent.shape[3]
+    _expect("new keys", (batch, heads, k.shape[2], dim), k.shape)
+    _expect("new values", k.shape, v.shape)
+    _expect("start", (batch,), start.shape)
+    _check_maps("key", key_map, key_shift, heads, dim)
+    _check_maps("value", value_map, value_shift, heads, dim)
+    _check_feedback(key_feedback, heads, dim)
+    _check_feedback(value_feedback, heads, dim)
+    return _check_cache(batch, heads, dim, k_codes, k_scales, v_codes, v_scales, k_sinks, v_sinks, k_recent, v_recent)
+
+
+def _check_cache(
+    batch, heads, dim, k_codes, k_scales, v_codes, v_scales, k_sinks, v_sinks, k_recent, v_recent
+) -> tuple[int, int]:
+    """Returns the code widths of keys and values."""
+    tiles = (batch, heads, k_codes.shape[2])
+    _expect("tiles of value codes", tiles, v_codes.shape[:3])
+    _expect("key scales", (*tiles, TILE), k_scales.shape)
+    _expect("value scales", (*tiles, TILE), v_scales.shape)
+    _expect("sinks", (batch, heads, k_sinks.shape[2], dim), k_sinks.shape)
+    _expect("sinks of values", k_sinks.shape, v_sinks.shape)
+    _expect("a ring", (batch, heads, k_recent.shape[2], dim), k_recent.shape)
+    _expect("a ring of values", k_recent.shape, v_recent.shape)
+    return bits_of(k_codes, dim), bits_of(v_codes, dim)
+
+
+def _check_attention(q, new, cache, sink_logits) -> tuple[int, int]:
+    """new: k_new and v_new, or () for one query; cache: as the ops take it, up to the window and the scale.
+
+    Returns the code widths of keys and values.
+    """
+    batch, heads, dim = cache[0].shape[0], cache[0].shape[1], cache[11].shape[1]
+    if q.dim() != 4 or q.shape[0] != batch or q.shape[1] % heads or q.shape[3] != dim:
+        raise ValueError(
+            f"expected queries of {batch} rows, a multiple of {heads} heads and head_dim {dim}, as in the cache, "
+            f"got {list(q.shape)}"
+        )
+    if not new and q.shape[2] != 1:
+        raise ValueError(f"expected one query token per row, got {q.shape[2]}; use extend_attention")
+    for name, x in zip(("new keys", "new values"), new, strict=False):
+        _expect(name, (batch, heads, q.shape[2], dim), x.shape)
+    bits = _check_cache(batch, heads, dim, *cache[:8])
+    _expect("start", (batch,), cache[9].shape)
+    _check_maps("query", cache[10], cache[11], heads, dim)
+    _check_maps("output", cache[12], cache[13], heads, dim)
+    if sink_logits is not None:
+        _expect("sink logits", (q.shape[1],), sink_logits.shape)
+    return bits
+
+
+def _by_itself(run: Callable, device: torch.device, *args: Any) -> Any:
+    """Run plain torch as kernels run: no gradients, and not in the precision of an autocast around it."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        return run(*args)
 
 
 def _encode_cpu(x, map, shift, bits, role, *, feedback=None, operands=None, impl="auto"):
     _named(impl, x.device, "reference")
-    return reference.encode(x, map, shift, bits, role, feedback)
+    _check_encode(x, map, shift, bits, role, feedback)
+    return _by_itself(reference.encode, x.device, x, map, shift, bits, role, feedback)
 
 
 def _encode_cuda(x, map, shift, bits, role, *, feedback=None, operands=None, impl="auto"):
-    if _named(impl, x.device, "triton", "reference") == "reference":
-        return reference.encode(x, map, shift, bits, role, feedback)
+    if _named(impl, x.device, "gluon", "triton", "reference") == "reference":
+        return _encode_cpu(x, map, shift, bits, role, feedback=feedback)
     from tq_ao.kernels import encode as kernel
 
+    _check_encode(x, map, shift, bits, role, feedback)
     with torch.cuda.device(x.device):  # Triton launches on the current one
-        return kernel.encode(x, map, shift, codebook(bits), role, feedback, operands)
+        return kernel.encode(x, map, shift, codebook(bits), role, feedback, operands, impl)
 
 
 def _encode_fake(x, map, shift, bits, role, *, feedback=None, operands=None, impl="auto"):
+    _check_encode(x, map, shift, bits, role, feedback)
     tiles = -(-x.shape[2] // TILE)
     codes = x.new_empty(*x.shape[:2], tiles, tile_bytes(bits, x.shape[3]), dtype=torch.uint8)
     return codes, x.new_empty(*x.shape[:2], tiles, TILE, dtype=torch.float16)
 
 
+def _check_prepare(map, shift, role, feedback) -> None:
+    _check_role(role)
+    _check_maps(role, map, shift, *shift.shape)
+    _check_feedback(feedback, *shift.shape)
+
+
 def _prepare_cpu(map, shift, role, *, feedback=None):
-    return reference.prepare(map, shift, role, feedback)
+    _check_prepare(map, shift, role, feedback)
+    return _by_itself(reference.prepare, map.device, map, shift, role, feedback)
 
 
 def _prepare_cuda(map, shift, role, *, feedback=None):
     from tq_ao.kernels import operands as kernel
 
+    _check_prepare(map, shift, role, feedback)
     with torch.cuda.device(map.device):
         return kernel.prepare(map, shift, role, feedback)
 
 
 def _prepare_fake(map, shift, role, *, feedback=None):
+    _check_prepare(map, shift, role, feedback)
     size = reference.operands_size(shift.shape[1], feedback is not None)
     return map.new_empty(shift.shape[0], size, dtype=torch.int16)
 
 
 def _dense(codes, scales, head_dim, role):
-    return reference.decode(codes, scales, head_dim, role).contiguous()
+    return _by_itself(reference.decode, codes.device, codes, scales, head_dim, role).contiguous()
 
 
 def _dense_fake(codes, scales, head_dim, role):
@@ -109,61 +210,64 @@ def _dense_fake(codes, scales, head_dim, role):
 
 def _append_cpu(*args, key_feedback=None, value_feedback=None, key_operands=None, value_operands=None, impl="auto"):
     _named(impl, args[0].device, "reference")
-    reference.append_(*args, key_feedback, value_feedback)
+    _check_append(*args, key_feedback, value_feedback)
+    _by_itself(reference.append_, args[0].device, *args, key_feedback, value_feedback)
 
 
 def _append_cuda(*args, key_feedback=None, value_feedback=None, key_operands=None, value_operands=None, impl="auto"):
     if _named(impl, args[0].device, "triton", "reference") == "reference":
-        reference.append_(*args, key_feedback, value_feedback)
+        _append_cpu(*args, key_feedback=key_feedback, value_feedback=value_feedback)
         return
     from tq_ao.kernels import append as kernel
 
+    books = map(codebook, _check_append(*args, key_feedback, value_feedback))
     with torch.cuda.device(args[0].device):
-        kernel.append_(
-            *args, *_books(args[0], args[2], args[8].shape[-1]), key_feedback, value_feedback, key_operands,
-            value_operands,
-        )  # fmt: skip
+        kernel.append_(*args, *books, key_feedback, value_feedback, key_operands, value_operands, impl)
 
 
 def _append_fake(*args, key_feedback=None, value_feedback=None, key_operands=None, value_operands=None, impl="auto"):
-    return None
+    _check_append(*args, key_feedback, value_feedback)
 
 
 def _decode_cpu(q, *args, softcap=0.0, sink_logits=None, impl="auto"):
     _named(impl, q.device, "reference")
-    return reference.attention(q, *args, softcap, sink_logits)
+    _check_attention(q, (), args, sink_logits)
+    return _by_itself(reference.attention, q.device, q, *args, softcap, sink_logits)
 
 
 def _decode_cuda(q, *args, softcap=0.0, sink_logits=None, impl="auto"):
     if _named(impl, q.device, "gluon", "triton", "reference") == "reference":
-        return reference.attention(q, *args, softcap, sink_logits)
+        return _decode_cpu(q, *args, softcap=softcap, sink_logits=sink_logits)
     from tq_ao.kernels import decode_attention as kernel
 
-    bits = (bits_of(codes, q.shape[-1]) for codes in (args[0], args[2]))
+    bits = _check_attention(q, (), args, sink_logits)
     with torch.cuda.device(q.device):
         return kernel.decode_attention(q, *args, softcap, sink_logits, *bits, impl)
 
 
 def _decode_fake(q, *args, softcap=0.0, sink_logits=None, impl="auto"):
+    _check_attention(q, (), args, sink_logits)
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def _extend_cpu(q, k_new, v_new, *args, softcap=0.0, sink_logits=None, impl="auto"):
     _named(impl, q.device, "reference")
-    return reference.attention(q, *args, softcap, sink_logits, k_new, v_new)
+    _check_attention(q, (k_new, v_new), args, sink_logits)
+    return _by_itself(reference.attention, q.device, q, *args, softcap, sink_logits, k_new, v_new)
 
 
 def _extend_cuda(q, k_new, v_new, *args, softcap=0.0, sink_logits=None, impl="auto"):
-    if _named(impl, q.device, "triton", "reference") == "reference":
-        return reference.attention(q, *args, softcap, sink_logits, k_new, v_new)
+    if _named(impl, q.device, "gluon", "triton", "reference") == "reference":
+        return _extend_cpu(q, k_new, v_new, *args, softcap=softcap, sink_logits=sink_logits)
     from tq_ao.kernels import extend_attention as kernel
 
-    books = _books(args[0], args[2], q.shape[-1])
+    bits = _check_attention(q, (k_new, v_new), args, sink_logits)
     with torch.cuda.device(q.device):
-        return kernel.extend_attention(q, k_new, v_new, *args, softcap, sink_logits, *books)
+        return kernel.extend_attention(q, k_new, v_new, *args, softcap, sink_logits, *bits, impl)
 
 
 def _extend_fake(q, k_new, v_new, *args, softcap=0.0, sink_logits=None, impl="auto"):
+    _check_attention(q, (k_new, v_new), args, sink_logits)
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 

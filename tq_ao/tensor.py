@@ -144,8 +144,8 @@ class TurboQuantTensor(TorchAOBaseTensor):
             bits     1                2                3                4                  8
             RMS      1e-7 .. 4e4      4e-7 .. 6e4      1e-6 .. 1e5      4e-6 .. 1.6e5      8e-6 .. 1.3e4
 
-        The fastest attention on CUDA takes values only up to a sixteenth of the upper end: `v_scales` in
-        `kernels/decode_attention.py`.
+        The fastest attention on CUDA takes values only up to a sixteenth of the upper end, and loses digits of those
+        below an RMS of 1e-4: `kernels/decode_attention.py`.
 
         Args:
             x: floating point [B, H, S, D], D a multiple of 32; B and S may be 0.

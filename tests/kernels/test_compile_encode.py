@@ -73,6 +73,7 @@ FIT = [  # chips on which the map of D = 256 stays in shared memory, on which it
     *({"kernel": "whole", "dim": 256, "bits": [3, 3], "arch": 90, "key": key} for key in (False, True)),
     {"kernel": "whole", "dim": 256, "bits": [3, 3], "arch": 90, "key": False, "feedback": True},
     {"kernel": "encode", "dim": 256, "bits": [3, 3], "arch": 90, "key": True, "rest": True},
+    *({"kernel": kernel, "dim": 288, "bits": [3, 3], "arch": 89, "key": True} for kernel in ("packed", "exact")),
     *(
         {"kernel": kernel, "dim": dim, "bits": [3, 3], "arch": arch, "key": True, "dtype": "float32"}
         for kernel, dim, arch in [("packed", 256, 89), ("packed", 160, 120), ("packed", 256, 80), ("exact", 256, 89)]

@@ -170,7 +170,7 @@ def test_partial_outputs_in_16_bits(head_dim: int, size: float, cuda: torch.devi
     args["q"] = args["q"].float()
     for name in ("v_scales", "v_sinks", "v_recent"):
         args[name] = args[name] * size
-    assert error(case, args, decode_attention, "gluon") < 5e-4
+    assert error(case, args, decode_attention, "gluon") < (1e-3 if size < 1 else 5e-4), "16 bits end at 6e-8"
 
 
 @pytest.mark.parametrize("impl", PATHS)
@@ -234,7 +234,7 @@ def test_merges_many_queries(
     """What a chip with few multiprocessors does, a large one does for thousands of queries; here no multiple of 16."""
     from tq_ao.kernels import decode_attention as module
 
-    monkeypatch.setattr(module, "_multiprocessors", lambda _: 1)
+    monkeypatch.setattr(module, "multiprocessors", lambda _: 1)
     for rows in (5, 3):
         case = Case(head_dim=head_dim, lengths=(300, 150, 36, 64, 201)[:rows], group=7, heads=2, dtype=torch.bfloat16)
         assert error(case, make(case, rng), module.decode_attention, "gluon") < 4e-3
@@ -248,7 +248,7 @@ def test_merges_many_splits_of_many_queries(
     from tq_ao.kernels import decode_attention as module
 
     monkeypatch.setattr(module, "plan", lambda *_: (splits, 32))
-    monkeypatch.setattr(module, "_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(module, "multiprocessors", lambda _: 132)
     poison_empty(monkeypatch)
     case = Case(head_dim=128, lengths=tuple(range(100, 1900, 200)), heads=4, group=8, dtype=torch.bfloat16)
     assert module.merge_config(128, 288, splits, 132).parts == 16
@@ -277,9 +277,8 @@ def test_every_step_is_claimed_once(seed: int) -> None:
     from tq_ao.kernels import decode_gluon
 
     names = SimpleNamespace(minimum=min, maximum=max, where=lambda condition, a, b: a if condition else b)
-    globals_ = {"gl": names, "MANY_STEPS": decode_gluon.MANY_STEPS.value}
     first_step, dealt_out, after = (
-        FunctionType(getattr(decode_gluon, name).fn.__code__, globals_)
+        FunctionType(getattr(decode_gluon, name).fn.__code__, {"gl": names})
         for name in ("_first_step", "_dealt_out", "_after")
     )
     draw = random.Random(seed)
@@ -308,8 +307,9 @@ def test_every_step_is_claimed_once(seed: int) -> None:
 
     for _ in range(300):
         splits, chunks = draw.randint(1, 40), draw.randint(0, 6)
-        steps = max(0, draw.choice([draw.randint(0, 400), 4 * splits + draw.randint(-2, 2)]))
-        dealt = dealt_out(steps, splits, draw.choice([1, 1, 0]))
+        steps = max(0, draw.choice([draw.randint(0, 400), draw.choice([4, 8]) * splits + draw.randint(-2, 2)]))
+        dealt = dealt_out(steps, splits, draw.choice([4, 2, 0]))
+        assert dealt == steps or 2 * dealt >= steps, "at most half are claimed"
         bounds = [first_step(i, splits, dealt, min(chunks, splits), 12) for i in range(splits + 1)]
         claims, done = [0], []  # type: ignore[var-annotated]
         waiting = [split(a, b, steps, dealt, claims, done) for a, b in pairwise(bounds)]

@@ -35,10 +35,14 @@ class PagedDecode:
         return torch.stack(out)
 
 
-def flash_attn_with_kvcache(q, k, v, cache_seqlens):
-    assert cache_seqlens.tolist() == [k.shape[1]] * q.shape[0]
+def flash_attn_with_kvcache(q, k, v, cache_seqlens, causal):
+    assert cache_seqlens.tolist() == [k.shape[1]] * q.shape[0] and causal
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, seen(q, k), enable_gqa=True).transpose(1, 2)
+
+
+def seen(q, k):
+    return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
 
 
 @pytest.fixture
@@ -52,8 +56,8 @@ def packages(monkeypatch):
     return found
 
 
-def inputs(rng):
-    q = torch.randn(3, 8, 1, 32, generator=rng).bfloat16()
+def inputs(rng, q_len=1):
+    q = torch.randn(3, 8, q_len, 32, generator=rng).bfloat16()
     return q, [torch.randn(2, 3, 2, 192, 32, generator=rng).bfloat16() for _ in range(2)]
 
 
@@ -65,6 +69,16 @@ def test_every_kernel_computes_the_same_attention(packages, rng):
         for name in ("flashinfer bf16", "flash-attention 3 bf16"):
             got = found[name][i]().float().flatten()
             assert ((got - want).norm() / want.norm()).item() < 0.01, name
+
+
+def test_several_queries_are_causal(packages, rng):
+    q, caches = inputs(rng, 5)
+    found = bf16_kernels.calls(q, caches)
+    assert "flashinfer bf16" not in found  # its decode takes one query
+    k, v = caches[0].float()
+    want = F.scaled_dot_product_attention(q.float(), k, v, seen(q, k), enable_gqa=True).flatten()
+    got = found["flash-attention 3 bf16"][0]().float().flatten()
+    assert ((got - want).norm() / want.norm()).item() < 0.01
 
 
 def test_a_package_that_is_missing_or_refuses_is_left_out_by_name(packages, rng, monkeypatch, capsys):

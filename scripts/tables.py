@@ -52,7 +52,7 @@ def decode(result: dict) -> Iterator[str]:
 
 
 def prefill(result: dict) -> Iterator[str]:
-    """Of scripts/benchmark_prefill.py: packing, then attention of many queries."""
+    """Of scripts/benchmark_prefill.py: packing, then attention of many queries and of a few."""
     first = result["encode"][0]
     yield f"| encode {first['tokens']} tokens, {first['kv_heads']} KV heads | µs, keys / values | of a copy |"
     yield "|---|---|---|"
@@ -67,6 +67,15 @@ def prefill(result: dict) -> Iterator[str]:
     for row in result["extend"]:
         times = f"{row['us_median']:.1f} | {row['flash_us_median']:.1f} | {row['times_of_flash']:.2f}"
         yield f"| {row['q_len']} queries over {row['length']} tokens | {times} | {row['rel_error']:.1e} |"
+    yield ""
+    yield "| a few queries, 3 bits, Hkv 8, G 4, D 128 | 2 queries | 4 queries | 8 queries |"
+    yield "|---|---|---|---|"
+    for (batch, length), group in groupby(result["verify"], key=lambda row: (row["batch"], row["length"])):
+        cells = []
+        for row in group:
+            bf16 = f"{row['bf16_us_median'][row['best_bf16']]:.1f} ({row['best_bf16']})"
+            cells.append(f"{row['us_median']:.1f} µs for {bf16}, {row['speedup_vs_best_bf16']:.2f}x")
+        yield f"| {batch} x {length} | {' | '.join(cells)} |"
 
 
 KINDS = {"attention": attention, "decode": decode, "prefill": prefill}

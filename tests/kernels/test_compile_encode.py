@@ -68,12 +68,12 @@ FIT = [  # chips on which the map of D = 256 stays in shared memory, on which it
         for arch in (89, 100)
         for kernel, dim in [("packed", 128), ("exact", 64), ("rotate", 64), ("merge", 64), ("write", 64)]
     ),
-    *({"kernel": "prepare", "dim": 256, "bits": [3, 3], "arch": a, "key": False, "feedback": True} for a in (80, 90)),
-    {"kernel": "prepare", "dim": 128, "bits": [3, 3], "arch": 90, "key": True},
+    *({"kernel": "operands", "dim": 256, "bits": [3, 3], "arch": a, "key": False, "feedback": True} for a in (80, 90)),
+    {"kernel": "operands", "dim": 128, "bits": [3, 3], "arch": 90, "key": True},
     *({"kernel": "whole", "dim": 256, "bits": [3, 3], "arch": 90, "key": key} for key in (False, True)),
     {"kernel": "whole", "dim": 256, "bits": [3, 3], "arch": 90, "key": False, "feedback": True},
     {"kernel": "encode", "dim": 256, "bits": [3, 3], "arch": 90, "key": True, "rest": True},
-    *({"kernel": kernel, "dim": 288, "bits": [3, 3], "arch": 89, "key": True} for kernel in ("packed", "exact")),
+    {"kernel": "exact", "dim": 288, "bits": [3, 3], "arch": 89, "key": True},
     *(
         {"kernel": kernel, "dim": dim, "bits": [3, 3], "arch": arch, "key": True, "dtype": "float32"}
         for kernel, dim, arch in [("packed", 256, 89), ("packed", 160, 120), ("packed", 256, 80), ("exact", 256, 89)]
@@ -88,7 +88,7 @@ def drawn(seed: int) -> list[dict]:
     def case(kernel: str, k: int = 3, v: int = 3) -> dict:
         dim, arch = generator.choice([64, 96, 128, 256]), generator.choice([80, 89, 90, 100])
         key, feedback = (generator.random() < 0.5 for _ in range(2))
-        feedback &= kernel in ("encode", "step", "prepare")
+        feedback &= kernel in ("encode", "step", "operands")
         return {"kernel": kernel, "dim": dim, "bits": [k, v], "arch": arch, "key": key, "feedback": feedback}
 
     keys, values = (generator.sample([1, 2, 3, 4, 8], 2) for _ in range(2))
@@ -96,7 +96,7 @@ def drawn(seed: int) -> list[dict]:
     cases += [case("packed", k, v) for k, v in zip(keys, values, strict=True)]
     bits = generator.choice([1, 2, 4, 8])
     whole = case("whole", bits, bits) | {"dim": 256, "arch": 90, "feedback": generator.random() < 0.5}
-    others = [case(kernel) for kernel in ("rotate", "exact", "merge", "write", "prepare")]
+    others = [case(kernel) for kernel in ("rotate", "exact", "merge", "write", "operands")]
     return cases + others + [case("step", 8, 1), whole]
 
 
@@ -117,11 +117,11 @@ def _compile(case: dict):
     constants = {"D": dim, "DP": encode.padded_dim(dim), "OPERAND": tl.bfloat16, "KC": 32, "PDL": arch >= 90}
     options = {"num_warps": 4, "num_stages": 1}
     optional = ()
-    if case["kernel"] in ("encode", "whole", "prepare", "step", "write"):
-        module = {"encode": encode, "prepare": operands}.get(case["kernel"], append)
+    if case["kernel"] in ("encode", "whole", "operands", "step", "write"):
+        module = {"encode": encode, "operands": operands}.get(case["kernel"], append)
         gluon = case["kernel"] == "whole"
         fn = encode_gluon.gluon_encode_kernel if gluon else getattr(module, f"{case['kernel']}_kernel")
-        if case["kernel"] == "prepare":
+        if case["kernel"] == "operands":
             options = {"num_warps": operands.WARPS, "num_stages": 1}
         elif case["kernel"] == "encode":
             options = encode.launch_options(dim, SHARED[arch], case.get("feedback", False), case.get("rest", False))
@@ -274,7 +274,7 @@ def test_other_configurations_spill_little(reports: list[dict]) -> None:
 
 def test_products_run_on_tensor_cores_and_levels_are_made_two_at_a_time(reports: list[dict]) -> None:
     for report in reports:
-        if report["kernel"] not in ("prepare", "write") and report.get("dtype") != "float32":
+        if report["kernel"] not in ("operands", "write") and report.get("dtype") != "float32":
             assert sum(report[op] for op in PRODUCTS) > 0, report
         if report["kernel"] == "packed" and max(report["bits"]) < 8 and report.get("dtype") != "float32":
             assert report["HFMA2"] >= report["level_pairs"], report

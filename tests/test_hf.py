@@ -13,6 +13,7 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BloomConfig,
     DeepseekV3Config,
     DynamicCache,
@@ -175,7 +176,7 @@ def test_transforms_that_are_missing_broken_or_left_behind_are_refused(tmp_path,
     with pytest.raises(ValueError, match="convert the model again"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     (tmp_path / "a" / TRANSFORMS_FILE).unlink()
-    with pytest.raises(OSError, match="hf auth login"):
+    with pytest.raises(OSError, match=f"{TRANSFORMS_FILE} is missing in"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "a")
 
 
@@ -198,6 +199,12 @@ def test_models_that_cannot_be_packed_say_why():
     latent = DeepseekV3Config(num_hidden_layers=2, hidden_size=64)
     for config, message in (
         (latent, "latent attention"),
+        *((CONFIG_MAPPING[kind](), f"{kind}: its attention works on K or V itself") for kind in ("diffllama", "doge")),
+        (CONFIG_MAPPING["git"](), "git: its attention works on K or V itself"),
+        (CONFIG_MAPPING["mllama"](), "mllama_text_model: its attention works on K or V itself"),
+        (CONFIG_MAPPING["minimax"](), "minimax: its attention takes a cache class of its own only"),
+        *((CONFIG_MAPPING[kind](), "no attention layers .*num_attention_heads") for kind in ("mamba", "rwkv", "xlstm")),
+        (CONFIG_MAPPING["falcon_h1"](), "falcon_h1: no full-attention layers to pack; its layers are of type hybrid"),
         (T5Config(), "encoder-decoder"),
         (tiny.config("llama", head_dim=40), "multiple of 32, got 40"),
         (
@@ -205,11 +212,14 @@ def test_models_that_cannot_be_packed_say_why():
             "gemma3_text: no full-attention layers to pack; .*window of 24 tokens, fewer than the 4096 it reads",
         ),
         (tiny.config("phi4_mini", sliding_window=2047), "phi3: no full-attention .*window of 2047 tokens, .* 4096 it"),
-        (tiny.config("gemma3", layer_types=["linear_attention"] * 4), "no layer keeps all its keys"),
+        (tiny.config("gemma3", layer_types=["linear_attention"] * 4), "of type linear_attention"),
     ):
         with pytest.raises(ValueError, match=message):
             hf.check_supported(config)
-    if "gemma4_text" in CONFIG_MAPPING:  # newer than the oldest transformers we support
+    if "mimo_v2_flash" in CONFIG_MAPPING:  # newer than the oldest transformers we support, as is the next
+        with pytest.raises(ValueError, match="keys and values of one head_dim, got 192 and 128"):
+            hf.check_supported(CONFIG_MAPPING["mimo_v2_flash"]())
+    if "gemma4_text" in CONFIG_MAPPING:
         with pytest.raises(ValueError, match="gemma4_text: expected one head_dim in all layers"):
             hf.check_supported(CONFIG_MAPPING["gemma4_text"]())
         same = {"head_dim": 32, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
@@ -246,6 +256,91 @@ def test_layers_slide_if_a_text_can_outgrow_their_window(kind, changes, packed):
     config = tiny.config(kind, **{name: value for name, value in changes.items() if name != "layer_types"})
     config.layer_types = changes.get("layer_types", getattr(config, "layer_types", None))
     assert quantizable_layers(config) == packed
+
+
+class Wrapper(torch.nn.Module):
+    """Hands on what it does not have, as PEFT does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_model, name)
+
+    def forward(self, *args, **kwargs):
+        return self.base_model(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, Wrapper])
+def test_a_wrapped_model_is_refused(wrap):
+    model = tiny.model()
+    with pytest.raises(ValueError, match="attach before wrapping it, or pass what it wraps: model.get_base_model"):
+        quantize_kv_(wrap(model))
+    assert not hasattr(model, "turboquant")
+
+
+@pytest.mark.parametrize("part", ["whole", "base"])
+def test_a_model_that_makes_its_cache_before_its_decoder(part, rng):
+    """SmolVLM does, and Idefics 2 and 3."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CONFIG_MAPPING["smolvlm"](text_config=tiny.config("llama").to_dict(), vision_config=vision)
+    model, ids = AutoModelForImageTextToText.from_config(config).eval(), ids_for(rng)
+    model = quantize_kv_(model.base_model if part == "base" else model, TurboQuantConfig(**SMALL))
+    quantize_kv_(model, TurboQuantConfig(bits=2, **SMALL))
+    assert len(model.base_model._forward_pre_hooks) == len(model.get_decoder()._forward_pre_hooks) == 1
+    mask = torch.ones_like(ids)
+    mask[:, :9] = 0
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask)[tiny.CACHE]
+        assert isinstance(cache, TurboQuantCache) and cache.packed_layers()[0].start.tolist() == [9]
+        assert cache.packed_layers()[0].scheme == LayerScheme(2, 2)
+        assert model(ids, use_cache=False).get(tiny.CACHE) is None
+    assert isinstance(model(ids)[tiny.CACHE], DynamicCache), "gradients are enabled"
+
+
+def test_what_a_model_calls_its_decoder_need_not_be_one(rng):
+    """ModernBERT-decoder's maps hidden states to logits."""
+    fields = tiny.config("llama").to_dict() | {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "pad_token_id", "layer_types")
+    config = CONFIG_MAPPING["modernbert-decoder"](
+        **{name: fields[name] for name in names}, num_hidden_layers=4, local_attention=24, eos_token_id=None
+    )
+    config.num_attention_heads = 2
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), ids_for(rng)
+    want = tokens(model, ids)
+    quantize_kv_(model, TurboQuantConfig(bits=1, window=256))
+    assert torch.equal(tokens(model, ids), want)
+    with torch.no_grad():
+        assert len(model(ids)[tiny.CACHE].packed_layers()) == 2
+
+
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="a newer transformers")
+@pytest.mark.parametrize("asked", [1, 3, 0])
+def test_layers_that_share_keys_and_values_may_cut_their_queries(asked, rng):
+    """Gemma-4 computes these layers for the tokens whose logits are wanted only, in a second turn as in the first."""
+    fields = tiny.config("gemma3").to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    config = CONFIG_MAPPING["gemma4_text"](
+        **{name: fields[name] for name in (*names, "sliding_window", "pad_token_id")},
+        global_head_dim=32, num_hidden_layers=6, num_kv_shared_layers=2, hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=97, layer_types=["sliding_attention", "full_attention"] * 3, eos_token_id=None,
+    )  # fmt: skip
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), ids_for(rng)
+    logits = {}
+    for name, length in (("exact", None), ("packed", None), ("static", 256)):
+        if name == "packed":
+            quantize_kv_(model, TurboQuantConfig(bits=1, window=256))
+        cache = DynamicCache(config=config) if name == "exact" else model.turboquant.make_cache(length)
+        with torch.no_grad():
+            turns = [model(part, **{tiny.CACHE: cache}, logits_to_keep=asked).logits for part in ids.split(60, 1)]
+        logits[name] = torch.cat(turns, 1)
+    assert logits["exact"].shape[1] == (2 * asked or 120)
+    for name in ("packed", "static"):
+        torch.testing.assert_close(logits[name], logits["exact"], atol=1e-5, rtol=1e-4)
 
 
 def test_attaching_again_changes_the_schedule_only(rng):

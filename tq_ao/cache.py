@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     STATIC_LAYER_TYPE_MAPPING,
@@ -61,10 +61,34 @@ def cache_argument(module: torch.nn.Module) -> str:
     )
 
 
+def takes_cache(module: torch.nn.Module) -> bool:
+    """Whether `cache_argument` has a name."""
+    try:
+        cache_argument(module)
+    except ValueError:
+        return False
+    return True
+
+
+def find_decoder(model: PreTrainedModel) -> torch.nn.Module:
+    """The part of a model that reads the cache.
+
+    It is what transformers calls the decoder, unless that is something else of this name that takes no cache
+    (modernbert-decoder's maps hidden states to logits): then the base model.
+    """
+    decoder = model.get_decoder()
+    return decoder if takes_cache(decoder) else model.base_model
+
+
 def quantizable_layers(config: PreTrainedConfig) -> list[int]:
     """Indices of the layers a schedule may pack: full attention, in name or in effect, with a KV cache of their own."""
     types, _ = _layer_types(config)
     return [i for i, kind in enumerate(types) if kind == "full_attention"]
+
+
+def layer_types(config: PreTrainedConfig) -> list[str]:
+    """The kinds of the layers' caches, sorted and each once."""
+    return sorted({*_layer_types(config)[0]})
 
 
 def sliding_windows(config: PreTrainedConfig) -> list[int]:
@@ -281,8 +305,9 @@ def _only_padding(faults: torch.Tensor) -> bool:
     holes, changed, custom, only_padding = faults.tolist()
     if holes:
         raise ValueError(
-            "expected left padding, got a mask with padding after a row's first token; "
-            "set tokenizer.padding_side='left'"
+            "expected left padding, got a mask with padding after a row's first token; set "
+            "tokenizer.padding_side='left', or pass attention_mask if the text itself has the pad token: without one, "
+            "generate takes every pad token for padding"
         )
     if changed:
         raise ValueError(

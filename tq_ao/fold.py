@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from tq_ao.cache import head_dim, kv_heads
+from tq_ao.cache import find_decoder, head_dim, kv_heads
 from tq_ao.calibration.statistics import PROJECTIONS
 from tq_ao.checkpoint import read_stored
 from tq_ao.errors import ModelError
@@ -71,9 +71,10 @@ def find(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, Attention]:
         names.setdefault(id(parameter), []).append(name)
     modules = {id(module): name for name, module in model.named_modules()}
     attention: dict[int, nn.Module] = {}
-    for module in model.get_decoder().modules():
-        if getattr(module, "layer_idx", None) is not None and any(hasattr(module, name) for name in PROJECTIONS):
-            attention.setdefault(module.layer_idx, module)
+    for module in find_decoder(model).modules():
+        layer: Any = getattr(module, "layer_idx", None)
+        if layer is not None and any(hasattr(module, name) for name in PROJECTIONS):
+            attention.setdefault(layer, module)
     found, dim, heads = {}, head_dim(config), (kv_heads(config), config.num_attention_heads)
     for i in layers:
         if i not in attention:

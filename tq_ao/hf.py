@@ -12,30 +12,24 @@ from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from tq_ao import attention, devices
+from tq_ao.attention import check_supported, exchange_attention
 from tq_ao.cache import (
     CACHE_NAMES,
     GENERATE_CACHE,
     TurboQuantCache,
     cache_argument,
     check_shape,
+    find_decoder,
     head_dim,
-    longest_text,
     quantizable_layers,
-    sliding_windows,
     static_length,
+    takes_cache,
 )
 from tq_ao.config import FORMAT, TRANSFORMS_FILE, TurboQuantConfig
 from tq_ao.quantizer import TurboQuantQuantizationConfig
 from tq_ao.rotation import LayerMaps, MapSource
 from tq_ao.transforms_file import find_transforms, load_transforms, save_transforms
 
-# Families whose attention rewrites K or V after the cache has returned them (latent attention and a few
-# others): a packed tensor cannot pass through there.
-UNSUPPORTED_MODELS = frozenset(
-    "deepseek_v2 deepseek_v3 deepseek_v32 axk1 axk2 glm4_moe_lite glm_moe_dsa glm5_next kimi_linear longcat_flash "
-    "minicpm3 mistral4 mistral_large4 youtu bailing_hybrid hy_v4 jetmoe dots3_note bigbird_pegasus idefics mllama "
-    "moonshine moonshine_streaming t5gemma".split()
-)
 # Times the energy of what varies in keys.  Qwen2.5-Coder-1.5B has 7700 and 290 in its first layers, below 3 in others.
 _KEY_BIAS = 10.0
 logger = logging.get_logger(__name__)
@@ -110,37 +104,6 @@ class Attachment:
         return new
 
 
-def check_supported(config: PreTrainedConfig) -> None:
-    """Raise ValueError, saying why, if a model of this config cannot have a packed KV cache."""
-    text = config.get_text_config(decoder=True)
-    if text.model_type in UNSUPPORTED_MODELS or getattr(text, "kv_lora_rank", None):
-        raise ValueError(
-            f"{text.model_type}: its attention changes K or V after the cache (latent attention), so they cannot stay "
-            "packed; "
-            "use a model with ordinary multi-head, grouped-query or multi-query attention"
-        )
-    if config.is_encoder_decoder:
-        raise ValueError(f"{text.model_type}: expected a decoder-only model, got an encoder-decoder")
-    try:
-        dim = head_dim(text)
-    except RuntimeError as error:  # transformers' configs with a value for each layer
-        raise ValueError(
-            f"{text.model_type}: expected one head_dim in all layers, got several; a schedule packs layers of one shape"
-        ) from error
-    if dim % 32:
-        raise ValueError(
-            f"{text.model_type}: expected a head_dim that is a multiple of 32, got {dim}; layout v2 has no other shapes"
-        )
-    if not quantizable_layers(config):
-        windows, why = sliding_windows(config), "no layer keeps all its keys and values"
-        if windows:
-            why = (
-                f"its layers see a sliding window of {' or '.join(map(str, windows))} tokens, fewer than the "
-                f"{longest_text(text):g} it reads, and keep their own small cache"
-            )
-        raise ValueError(f"{text.model_type}: no full-attention layers to pack; {why}")
-
-
 def attach(
     model: PreTrainedModel, quantization: TurboQuantConfig, calibrated: Mapping[int, LayerMaps] | None = None
 ) -> PreTrainedModel:
@@ -155,12 +118,19 @@ def attach(
         The model; `model.turboquant` is its Attachment.
 
     Raises:
-        ValueError: a model whose attention cannot read packed K and V or whose forward takes no cache, a head_dim
-            that is not a multiple of 32, a device without kernels, or a schedule for another shape.
+        ValueError: no transformers model, but what wraps one; a model whose attention cannot read packed K and V or
+            whose forward takes no cache, a head_dim that is not a multiple of 32, a device without kernels, or a
+            schedule for another shape.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"expected a transformers model, got {type(model).__name__}; attach before wrapping it, or pass what it "
+            "wraps: model.get_base_model() of PEFT, model._orig_mod of torch.compile"
+        )
     check_supported(model.config)
     devices.check(model.device)
-    for module in (model, model.get_decoder()):
+    decoder = find_decoder(model)
+    for module in (model, decoder):
         cache_argument(module)
     config = model.config.get_text_config(decoder=True)
     dim, layers = head_dim(config), quantizable_layers(config)
@@ -205,29 +175,17 @@ def attach(
     if not attached:
         model._prepare_cache_for_generation = _Method(_prepare_cache_for_generation, model)
         model.save_pretrained = _Method(_save_pretrained, model)
-        model.get_decoder().register_forward_pre_hook(_BeforeDecoder(model), with_kwargs=True)
+        if model.base_model is not decoder and takes_cache(model.base_model):  # some make their cache before it
+            model.base_model.register_forward_pre_hook(_BeforeCall(model, model.base_model), with_kwargs=True)
+        decoder.register_forward_pre_hook(_BeforeDecoder(model, decoder), with_kwargs=True)
     return model
-
-
-def exchange_attention(model: PreTrainedModel, name: str) -> None:
-    """Set a registered attention function in a model.
-
-    Raises:
-        ValueError: a model whose attention stays its own.
-    """
-    model.set_attn_implementation(name)
-    if model.get_decoder().config._attn_implementation != name:
-        raise ValueError(
-            f"{model.config.model_type}: expected a model whose attention can be exchanged through transformers' "
-            "AttentionInterface, got one with an attention of its own; it cannot read packed K and V"
-        )
 
 
 def _key_bias(model: PreTrainedModel, layers: list[int]) -> tuple[float, int] | None:
     """Energy of k_proj's bias over that of W x for x of unit variance, and the layer where it is largest; None below
     _KEY_BIAS."""
     found = []
-    for module in model.get_decoder().modules():
+    for module in find_decoder(model).modules():
         projection, layer = getattr(module, "k_proj", None), getattr(module, "layer_idx", None)
         bias, weight = getattr(projection, "bias", None), getattr(projection, "weight", None)
         readable = isinstance(bias, torch.Tensor) and type(weight) is torch.nn.Parameter
@@ -315,6 +273,9 @@ def _prepare_cache_for_generation(
 ) -> None:
     """Our cache unless the caller passed one, wants none, or names another kind; static where generate compiles."""
     asked, given = generation_config.cache_implementation, model_kwargs.get(GENERATE_CACHE)
+    if generation_config.is_assistant and (mask := model_kwargs.get("attention_mask")) is not None:
+        # Where the caller gave none, `generate` takes pad tokens inside the text, guesses or not, for padding.
+        model_kwargs["attention_mask"] = (mask.cumsum(-1) > 0).to(mask.dtype)
     guessed = generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION
     wanted = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
     if guessed:
@@ -337,11 +298,11 @@ def _prepare_cache_for_generation(
     model_kwargs[GENERATE_CACHE] = cache
 
 
-class _BeforeDecoder:
-    """Pre-hook of the decoder: a packed cache for plain calls, and each row's padding for the cache."""
+class _BeforeCall:
+    """Pre-hook of a module that would make its own cache: a packed one for plain calls."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.name = model, cache_argument(model.get_decoder())
+    def __init__(self, model: PreTrainedModel, module: torch.nn.Module) -> None:
+        self.model, self.name = model, cache_argument(module)
         self.others = [other for other in CACHE_NAMES if other != self.name]
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -351,17 +312,25 @@ class _BeforeDecoder:
                 if kwargs.get(name) is not None:
                     raise ValueError(f"expected one cache, got both {name!r} and {other!r}; pass {name!r} only")
                 kwargs[name] = given
-        cache = kwargs.get(name)
         use_cache = kwargs.get("use_cache")
-        use_cache = module.config.use_cache if use_cache is None else use_cache
-        if cache is None and use_cache:
+        use_cache = getattr(module.config, "use_cache", None) if use_cache is None else use_cache
+        if kwargs.get(name) is None and use_cache:
             if not torch.is_grad_enabled():
-                cache = kwargs[name] = self.model.turboquant.make_cache()
+                kwargs[name] = self.model.turboquant.make_cache()
             elif not module.training and not torch.compiler.is_compiling():
                 logger.warning_once(
                     "this call gets an exact KV cache, not a packed one: gradients are enabled and codes have none; "
                     "call the model under torch.no_grad()"
                 )
+        return args, kwargs
+
+
+class _BeforeDecoder(_BeforeCall):
+    """The same of the decoder, which also tells the cache each row's padding."""
+
+    def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        args, kwargs = super().__call__(module, args, kwargs)
+        cache = kwargs.get(self.name)
         if isinstance(cache, TurboQuantCache):
             tokens = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
             tokens = args[0] if tokens is None else tokens

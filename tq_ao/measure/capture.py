@@ -63,7 +63,7 @@ def intercept(model: torch.nn.Module, handler: Handler) -> Iterator[None]:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from tq_ao.hf import exchange_attention
+    from tq_ao.attention import exchange_attention
 
     AttentionInterface.register(_NAME, _dispatch)
     AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)

@@ -6,11 +6,15 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
-from tq_ao.checkpoint import find_stored, overwrite, read_stored, was_folded, weight_files
+from tq_ao import TurboQuantConfig, hf, quantize_kv_, quantizer
+from tq_ao.checkpoint import find_stored, other_weights, overwrite, read_stored, was_folded, weight_files
+from tq_ao.config import TRANSFORMS_FILE
 from tq_ao.errors import ModelError
 from tq_ao.model_card import SIDECAR
+from tq_ao.rotation import rotation_maps
+from tq_ao.transforms_file import find_transforms, load_transforms, save_transforms
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -73,3 +77,68 @@ def test_a_folder_says_whether_values_were_folded(tmp_path):
         assert was_folded(tmp_path) is wanted
     (tmp_path / SIDECAR).write_text("no JSON")
     assert not was_folded(tmp_path)
+
+
+def test_maps_that_keys_and_values_share_are_stored_twice(tmp_path):
+    maps = rotation_maps("hadamard", 2, 32, 0)
+    assert maps.key is maps.value and maps.key_shift is maps.value_shift
+    save_transforms(tmp_path / "x", {0: maps})
+    (again,) = load_transforms(tmp_path / "x").values()
+    assert again.tensors().keys() == maps.tensors().keys()
+    assert all(torch.equal(t, maps.tensors()[name]) for name, t in again.tensors().items())
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_maps_that_are_not_finite_are_refused(number, tmp_path):
+    save_transforms(tmp_path / "x", {4: rotation_maps("hadamard", 2, 32, 0)})
+    tensors = load_file(tmp_path / "x")
+    tensors["layers.4.query"][1, 2, 3] = number
+    save_file(tensors, tmp_path / "x")
+    with pytest.raises(ValueError, match=rf"expected finite numbers in layers.4.query, got {number}\); convert the"):
+        load_transforms(tmp_path / "x")
+
+
+def test_a_transforms_file_that_was_not_copied(tmp_path):
+    model = tiny.model()
+    model.save_pretrained(tmp_path)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path).config
+    with pytest.raises(OSError, match=f"{TRANSFORMS_FILE} is missing in {tmp_path}: copy it there") as error:
+        find_transforms(config, TRANSFORMS_FILE, tmp_path)
+    assert "login" not in str(error.value)
+    save_transforms(tmp_path / TRANSFORMS_FILE, {0: rotation_maps("hadamard", 2, 32, 0)})
+    assert find_transforms(config, TRANSFORMS_FILE, tmp_path) == tmp_path / TRANSFORMS_FILE
+    assert other_weights(tmp_path) == [], "they are no weights"
+
+
+def test_a_damaged_header_is_said(tmp_path):
+    for content in (b"\x00" * 4, b"\xff" * 40, b"\x10" + b"\x00" * 20):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(ModelError, match="model.safetensors: a damaged safetensors file .* download it again"):
+            find_stored(tmp_path, ["x"], "model")
+
+
+def test_a_transforms_file_without_a_packed_layer_is_warned_of(tmp_path, monkeypatch):
+    maps = {i: rotation_maps("dense", 2, 32, i) for i in range(2)}
+    said = []
+    monkeypatch.setattr(quantizer.logger, "warning", lambda message, *args: said.append(message % args))
+    for schedule, wanted in (({2: (16, 16)}, 0), ({2: (3, 3)}, 1)):
+        hf.attach(tiny.model(), TurboQuantConfig(layers=schedule), maps).save_pretrained(tmp_path)
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert len(said) == wanted, "layers that are kept exact have no maps"
+    assert f"{TRANSFORMS_FILE} has no maps for the packed layers [2], which get random rotations" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_schedule_names_every_layer_that_is_packed(kind, tmp_path):
+    """Sliding layers, of which Gemma-3 has two here, are in no schedule."""
+    model = quantize_kv_(tiny.model(kind), TurboQuantConfig(bits=2))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    layers = config["quantization_config"]["kv_cache_scheme"]["layers"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert [str(i) for i in again.turboquant.quantization.layers] == list(layers)
+    del layers["1"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"to name every full-attention layer, got none for \[1\]; add them"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tq_ao.config import LayerScheme, TurboQuantConfig
+from tq_ao.quantizer import TurboQuantQuantizationConfig
 from tq_ao.recipe import Recipe, Text, from_mapping, load
 
 
@@ -33,11 +34,30 @@ def test_resolve_spells_every_layer_out():
         ({"codec": "qjl"}, "codec 'mse', got 'qjl'"),
         ({"extra": 1}, r"unknown keys \['extra'\]"),
         ({"layers": {"0": {"k_bits": 5, "v_bits": 3}}}, "k_bits in"),
+        ({"layers": {"0": {"k_bits": 3, "v_bits": 3, "bits": 4}}}, "unexpected keyword argument 'bits'"),
+        *(
+            ({"layers": {name: {"k_bits": 3, "v_bits": 3}}}, f"numbers such as '0', got '{name}'")
+            for name in ("x", "-1", "1.0", "01", "")
+        ),
+        ({"version": True}, "version 1..2, got True"),
+        *(
+            ({"transforms": name}, "transforms None or the name of a file")
+            for name in ("../x", "a/x", r"a\x", "..", "", 5)
+        ),
     ],
 )
 def test_schemes_that_cannot_be_read_say_why(change, message):
     with pytest.raises(ValueError, match=message):
         TurboQuantConfig.from_scheme({**TurboQuantConfig().to_scheme(), **change})
+
+
+@pytest.mark.parametrize("scheme", [[1], "x", 3])
+def test_a_scheme_is_a_mapping(scheme):
+    for read in (TurboQuantConfig.from_scheme, TurboQuantQuantizationConfig):
+        with pytest.raises(ValueError, match="expected kv_cache_scheme to be a mapping of .*, got"):
+            read(scheme)
+    with pytest.raises(ValueError, match="turboquant version 1..2, got True"):
+        TurboQuantQuantizationConfig(TurboQuantConfig().to_scheme(), version=True)
 
 
 def test_a_missing_key_is_named():

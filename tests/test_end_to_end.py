@@ -53,14 +53,15 @@ def test_convert_push_load_by_name_and_generate(hub, tmp_path, smollm2):
     assert "tokens/s" in shown.stdout and "packed at" in shown.stdout and "uint8" in shown.stdout
 
 
-def test_a_refused_token_keeps_the_output(hub, tmp_path, smollm2):
+def test_a_token_that_may_not_write_keeps_the_output(hub, tmp_path, smollm2):
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "scripts" / "convert.py"), "smollm2-135m", "--output-dir", str(out)]
-    command += "--schedule uniform --verification-windows 1 --max-seq-length 256".split()
-    command += "--push-to-hub tester/x --token hf_wrong".split()
-    done = subprocess.run(command, env=hub.env() | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    command += "--schedule uniform --verification-windows 1 --max-seq-length 256 --push-to-hub tester/x --token".split()
+    env = hub.env() | {"PYTHONPATH": str(ROOT)}
+    refused = subprocess.run([*command, "hf_wrong"], env=env, capture_output=True, text=True)
+    assert refused.returncode == 1 and not out.exists() and "that it refuses" in refused.stderr
+    done = subprocess.run([*command, hub.read_token], env=env, capture_output=True, text=True)
     assert done.returncode == 3
-    assert [
-        line for line in done.stderr.splitlines() if line.startswith("error: ") and "refused the access token" in line
-    ]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "may not write" in errors[0] and f"hf upload tester/x {out}" in errors[0]
     assert (out / "model.safetensors").exists() and "tester/x" not in hub.repos

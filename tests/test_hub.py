@@ -157,6 +157,31 @@ def test_offline_mode(folder):
         push(folder, "tester/tiny", token="hf_write")
 
 
+def test_how_to_publish_what_was_not(folder):
+    spaced = folder.rename(folder.parent / "my model")
+    for private, wanted in ((False, f"hf upload me/x '{spaced}'"), (True, f"hf upload me/x '{spaced}' --private")):
+        with pytest.raises(HubError) as error:
+            push(spaced, "me/x", private=private, token="hf_write")
+        assert str(error.value).endswith(f"is complete; to retry: {wanted}")
+
+
+def test_a_token_is_checked_before_the_work(hub):
+    program = """
+import sys
+from tq_ao.hub import check_token
+for token in sys.argv[1:]:
+    try:
+        print(check_token(token))
+    except ValueError as error:
+        print(error)
+"""
+    good, bad, none = hub.run(program, hub.write_token, "hf_revoked", "").stdout.splitlines()
+    assert good == "None" and "that the Hub accepts with --push-to-hub, got one that it refuses" in bad
+    assert "expected an access token with --push-to-hub, got none" in none
+    hub.close()
+    assert hub.run(program, "hf_revoked").stdout == "None\n", "no network: it may be there when the work is done"
+
+
 def test_folder_without_a_model(tmp_path):
     with pytest.raises(HubError, match=r"without config\.json: convert first"):
         push(tmp_path, "tester/tiny")

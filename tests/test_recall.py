@@ -88,7 +88,7 @@ def test_text_without_long_words_gives_what_it_has(seed):
 
 def test_too_little_text_says_what_is_missing(texts, seed):
     with pytest.raises(
-        TextError, match=r"2000 tokens with 23 different words .* with 14: give more text, or .*recall 0"
+        TextError, match=r"2000 tokens with 23 different words .* with 14: give more text, or --recall-windows 0"
     ):
         recall_windows(CharacterTokenizer(), texts, 2000, 1, seed)
     with pytest.raises(TextError, match="got 37 tokens with 5"):

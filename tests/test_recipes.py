@@ -245,9 +245,10 @@ def test_mistakes_in_targets(change, target, says, tmp_path):
     [
         ([3.0, 2], r"got \[3.0, 2\] \(expected k_bits"),
         ([3, 5], r"got \[3, 5\] \(expected v_bits"),
-        ([3], r"got \[3\] \(not enough values"),
-        (3, r"got 3 \(cannot unpack"),
-        ({"k_bits": 3}, "got {'k_bits': 3} .'v_bits'"),
+        ([3], r"got \[3\] \(.* missing .* 'v_bits'"),
+        (3, r"got 3 \(.* must be an iterable"),
+        ({"k_bits": 3}, "got {'k_bits': 3} .* missing .* 'v_bits'"),
+        ({"k_bits": 3, "v_bits": 3, "bits": 3}, "got {.*} .* unexpected keyword argument 'bits'"),
     ],
 )
 def test_mistakes_in_schedules(pair, says, tmp_path):
@@ -272,6 +273,26 @@ def test_mistakes_in_a_recipe_without_targets(tmp_path):
         path.write_text(yaml.safe_dump({"model": "m", **more}))
         with pytest.raises(ValueError, match=f"r.yaml: {says}"):
             load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"model: m\nbits: 3\nbits: 2\n", r"expected every key once, got \['bits'\] again in the mapping of line 1"),
+        (b"model: m\ncalibration:\n  windows: 4\n  windows: 6", r"got \['windows'\] again in the mapping of line 3"),
+        (b'{"model": "m", "schedule": {"0": [3, 3], "0": [4, 4]}}', r"expected every key once, got \['0'\] again"),
+        (b"\xff\xfe\x00", "expected a recipe in YAML, got a file that is no UTF-8 text"),
+        (b"model: m\nbits: 3\x00", "unacceptable character"),
+    ],
+)
+def test_files_that_do_not_say_one_thing(content, says, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path}: .*{says}"):
+        load(path)
+    path.write_text("shared: &s {bits: 3}\nmodel: m\n<<: *s\nbits: 2\n")  # YAML's way to change what is shared
+    with pytest.raises(ValueError, match=r"unknown keys \['shared'\]"):
+        load(path)
 
 
 def test_a_recipe_by_its_name(tmp_path, monkeypatch, capsys):

@@ -76,6 +76,14 @@ def test_file_without_headings_is_cut_at_blank_lines(tmp_path, words):
     assert "\n\n".join(found) == "\n\n".join(paragraphs)
 
 
+def test_file_without_blank_lines_is_cut_at_the_ends_of_lines(tmp_path, words):
+    lines = [prose(words, 60) for _ in range(200)]
+    (tmp_path / "a.txt").write_text("\n".join(lines), encoding="utf-8-sig")
+    found = articles(tmp_path / "a.txt")
+    assert len(found) > 3 and all(len(article) >= 8192 for article in found)
+    assert "\n".join(found) == "\n".join(lines), "without the mark that editors put before it"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "does not exist"), (b"", "is empty"), (b" \n\n ", "is empty"), (b"\xff\xfe\x00a", "UTF-8")],

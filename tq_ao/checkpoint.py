@@ -61,8 +61,8 @@ def other_weights(folder: Path) -> list[Path]:
     Raises:
         ModelError: see `weight_files`.
     """
-    read = weight_files(folder)
-    return [file for file in sorted(folder.iterdir()) if file.name.endswith(_WEIGHTS) and file not in read]
+    known = [*weight_files(folder), folder / TRANSFORMS_FILE]
+    return [file for file in sorted(folder.iterdir()) if file.name.endswith(_WEIGHTS) and file not in known]
 
 
 def find_stored(folder: Path, names: Iterable[str], prefix: str) -> dict[str, tuple[Path, str]]:
@@ -125,10 +125,17 @@ def overwrite(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data of a safetensors file begin, and its header: key -> dtype, shape and data_offsets."""
+    """Where the data of a safetensors file begin, and its header: key -> dtype, shape and data_offsets.
+
+    Raises:
+        ModelError: another or a damaged file.
+    """
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
-        return 8 + size, json.loads(opened.read(size))
+        try:
+            return 8 + size, json.loads(opened.read(min(size, file.stat().st_size)))
+        except ValueError as error:
+            raise ModelError(f"{file}: a damaged safetensors file ({error}); copy or download it again") from error
 
 
 def write(

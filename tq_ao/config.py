@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import PureWindowsPath
 from typing import Any
 
 from tq_ao.codebook import BITS
@@ -45,6 +46,13 @@ class LayerScheme:
         return self.k_bits == EXACT
 
 
+def _index(key: object) -> int:
+    """A layer by its number, which JSON has as text."""
+    if not str(key).isdecimal() or str(int(str(key))) != str(key):
+        raise ValueError(f"expected layer indices of kv_cache_scheme to be numbers such as '0', got {key!r}")
+    return int(str(key))
+
+
 def _scheme(index: object, given: object) -> LayerScheme:
     if not isinstance(index, int) or isinstance(index, bool):
         raise ValueError(f"expected layer indices to be integers, got {index!r}")
@@ -53,6 +61,11 @@ def _scheme(index: object, given: object) -> LayerScheme:
     if not isinstance(given, Sequence) or len(given) != 2:
         raise ValueError(f"expected layer {index} to be a LayerScheme or (k_bits, v_bits), got {given!r}")
     return LayerScheme(*given)
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether it stays in its folder: no part of a path, on any system."""
+    return isinstance(name, str) and name not in ("", ".", "..") and PureWindowsPath(name).name == name
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,11 @@ class TurboQuantConfig:
                 raise ValueError(f"expected {name} to be an integer >= 0, got {value!r}")
         if self.rotation not in ("hadamard", "dense"):
             raise ValueError(f"expected rotation 'hadamard' or 'dense', got {self.rotation!r}")
+        if self.transforms is not None and not _is_file_name(self.transforms):
+            raise ValueError(
+                f"expected transforms None or the name of a file beside the weights, got {self.transforms!r}; the maps "
+                f"of a converted model are in {TRANSFORMS_FILE!r}"
+            )
         if self.layers and self.num_layers is not None and not all(0 <= i < self.num_layers for i in self.layers):
             raise ValueError(f"expected layer indices below {self.num_layers}, got {sorted(self.layers)}")
 
@@ -153,10 +171,14 @@ class TurboQuantConfig:
         """Inverse of `to_scheme`.
 
         Raises:
-            ValueError: another format, a newer version or layout, an unknown codec or scale dtype, or a
+            ValueError: no mapping, another format, a newer version or layout, an unknown codec or scale dtype, or a
                 missing, malformed or unknown key.
         """
         known = set(cls().to_scheme())
+        if not isinstance(scheme, Mapping):
+            raise ValueError(
+                f"expected kv_cache_scheme to be a mapping of {sorted(known)}, got {scheme!r}; convert the model again"
+            )
         if scheme.get("format") != FORMAT:
             raise ValueError(
                 f"expected kv_cache_scheme format {FORMAT!r}, got {scheme.get('format')!r}; "
@@ -164,7 +186,7 @@ class TurboQuantConfig:
             )
         for key, newest in (("version", FORMAT_VERSION), ("layout_version", LAYOUT_VERSION)):
             version = scheme.get(key)
-            if not isinstance(version, int) or not 1 <= version <= newest:
+            if type(version) is not int or not 1 <= version <= newest:
                 raise ValueError(
                     f"expected kv_cache_scheme {key} 1..{newest}, got {version!r}; "
                     "upgrade tq_ao to read this checkpoint"
@@ -180,12 +202,12 @@ class TurboQuantConfig:
         if unknown := set(scheme) - known:
             raise ValueError(f"kv_cache_scheme has unknown keys {sorted(unknown)}; upgrade tq_ao or remove them")
         try:
-            layers = {int(i): LayerScheme(s["k_bits"], s["v_bits"]) for i, s in scheme["layers"].items()}
+            layers = {_index(i): LayerScheme(**s) for i, s in scheme["layers"].items()}
             kind, seed = scheme["rotation"]["kind"], scheme["rotation"]["seed"]
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 "expected kv_cache_scheme layers {index: {k_bits, v_bits}} and rotation {kind, seed}, "
-                f"got {scheme['layers']!r} and {scheme['rotation']!r}; convert the model again"
+                f"got {scheme['layers']!r} and {scheme['rotation']!r} ({error}); convert the model again"
             ) from error
         return cls(
             bits=scheme["bits"],

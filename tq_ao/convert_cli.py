@@ -94,14 +94,15 @@ def parse(argv: Sequence[str] | None = None, program: str = PROGRAM) -> argparse
     p.add_argument(
         "--push-to-hub", nargs="?", const="", metavar="ID", help="publish too; default ID is the output folder's name"
     )
-    p.add_argument("--private", action="store_true", help="make the Hub repository private")
+    p.add_argument("--private", action="store_true", help="make the Hub repository private; with --push-to-hub")
     p.add_argument(
         "--token", default=os.environ.get("HF_TOKEN"), help="Hub token; default HF_TOKEN or the stored login"
     )
     p.add_argument("--device", help="device to calibrate on; default cuda if there is one, else cpu")
     p.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on cuda, float32 on cpu"
-    )
+        "--dtype", choices=("float32", "bfloat16", "float16"),
+        help="default bfloat16 on cuda, float32 on cpu; with torchao weights the dtype they were made for",
+    )  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="write the report there too; - for standard output")
     return p.parse_args(argv)
 
@@ -123,9 +124,14 @@ def settings(args: argparse.Namespace) -> recipe.Recipe:
         changes["schedule"] = args.schedule if args.schedule in ("auto", "uniform") else schedule_file(args.schedule)
     for name, count in (("calibration", args.calibration_windows), ("verification", args.verification_windows)):
         text = {"source": args.calibration, "windows": count, "length": args.max_seq_length}
+        flags = {"windows": f"--{name}-windows", "length": "--max-seq-length", "recall": "--recall-windows"}
         if name == "calibration":
             text["recall"] = args.recall_windows
-        changes[name] = replace(getattr(base, name), **{k: v for k, v in text.items() if v is not None})
+        for key, value in text.items():
+            try:
+                changes[name] = replace(changes.get(name, getattr(base, name)), **{} if value is None else {key: value})
+            except ValueError as error:
+                raise ValueError(f"{flags[key]}: {error}") from error
     return replace(base, **changes)
 
 
@@ -139,17 +145,31 @@ def default_output(chosen: recipe.Recipe, target: str | None) -> Path:
 
 
 def schedule_file(path: str) -> dict[int, tuple[int, int]]:
-    """A schedule from a file: {layer: [k_bits, v_bits]}, also under a key "layers" or "schedule" (a report)."""
+    """A schedule from a file: {layer: [k_bits, v_bits]}, alone or under a key "layers", or the rows of a report."""
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = recipe.read_yaml(path)
     except OSError as error:
         raise ValueError(f"expected --schedule auto, uniform or a file, got {path!r} ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected JSON or YAML, got neither ({' '.join(str(error).split())})") from error
-    if isinstance(data, Mapping):
-        data = data.get("layers", data.get("schedule", data))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if isinstance(data, Mapping) and "model_type" in data:
+        raise ValueError(
+            f"{path}: expected a mapping {{layer: [k_bits, v_bits]}}, got the config.json of a model; copy what its "
+            "kv_cache_scheme has under layers into a file of its own"
+        )
+    if isinstance(data, Mapping) and (key := next((key for key in ("layers", "schedule") if key in data), None)):
+        others = sorted(set(data) - {key}, key=str)
+        if others and not isinstance(data[key], list):  # a report is about another conversion
+            raise ValueError(
+                f"{path}: expected {key!r} alone, which is all that is read, got {others} beside it; remove them, and "
+                "give what is to hold as flags or as a --recipe"
+            )
+        data = data[key]
     if isinstance(data, list) and all(isinstance(row, Mapping) and type(row.get("layer")) is int for row in data):
-        rows = {row["layer"]: row for row in data}
+        about = ("layer", "sensitivity")
+        rows = {row["layer"]: {key: value for key, value in row.items() if key not in about} for row in data}
         if len(rows) < len(data):
             raise ValueError(f"{path}: expected a row of every layer once, got {[row['layer'] for row in data]}")
         data = rows
@@ -197,7 +217,7 @@ def show(report: dict) -> None:
         )
     if report.get("fold_kl") is not None:
         print(
-            f"value maps are folded into v_proj and o_proj: with an exact cache KL {report['fold_kl']:.7f} to the "
+            f"value maps are folded into v_proj and o_proj: with an exact cache KL {report['fold_kl']:z.7f} to the "
             "original, which all figures compare with"
         )
     print(f"sample: ...{report['sample']['prompt'][-60:]!r} -> {report['sample']['text']!r}\n")
@@ -221,24 +241,30 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     command = f"{program} {shlex.join(hide_token(list(sys.argv[1:] if argv is None else argv)))}"
     written = "nothing was written"
     try:
+        if args.private and args.push_to_hub is None:
+            raise ValueError("expected --push-to-hub with --private, got --private alone; nothing would be published")
         chosen = settings(args)
         to_stdout = args.json is not None and str(args.json) == "-"
         if args.json is not None and not to_stdout:
             check_json(args.json)
         if args.push_to_hub is not None:
-            check_repository(args.push_to_hub, args.token)
+            hub.check_token(args.token)
         if args.output_dir is None:  # its name has the average of all layers
             chosen = loading.whole(chosen, token=args.token)
         output = args.output_dir or default_output(chosen, args.target)
         if args.json is not None and not to_stdout and args.json.resolve() == output.resolve():
             raise ValueError(f"expected --json and the output to be two places, got {output} for both; name a file")
         published = args.push_to_hub if args.push_to_hub is None else args.push_to_hub or output.name
+        if published is not None:
+            check_repository(published)
         report = convert(
             chosen, output, token=args.token, device=args.device, repo_id=published,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
             command=command, progress=sys.stderr.isatty(), say=lambda message: print(message, file=sys.stderr),
         )  # fmt: skip
-        written = f"{output} is complete" + (f"; to publish it: hf upload {published} {output}" if published else "")
+        written = f"{output} is complete"
+        if published is not None:
+            written += f"; to publish it: {hub.upload_command(output, published, args.private)}"
         with redirect_stdout(sys.stderr if to_stdout else sys.stdout):  # `--json -`: nothing but JSON in a pipe
             show(report)
         if args.json is not None:
@@ -274,22 +300,17 @@ def check_json(path: Path) -> None:
         raise ValueError(f"expected --json where this user may write, got {path}; name another file")
 
 
-def check_repository(name: str, token: str | None) -> None:
-    """Raise ValueError unless a repository can have that name ("": the output's) and there is a token to publish with:
-    this one, or that of a login."""
-    from huggingface_hub import get_token
+def check_repository(name: str) -> None:
+    """Raise ValueError unless a repository can have that name."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
-        if name:
-            validate_repo_id(name)
+        validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"expected --push-to-hub with the name of a repository, 'org/name', got {name!r}") from error
-    if not (token or get_token()):
         raise ValueError(
-            "expected an access token with --push-to-hub, got none; pass --token, set HF_TOKEN, or log in with "
-            "`hf auth login`"
-        )
+            f"expected --push-to-hub with the name of a repository, 'org/name', got {name!r} (the output folder's if "
+            "none is given)"
+        ) from error
 
 
 def notes(error: BaseException) -> list[str]:

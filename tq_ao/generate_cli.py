@@ -7,14 +7,18 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import tq_ao.quiet  # noqa: F401 - importing tq_ao registers the packed cache with transformers
 from tq_ao import devices
 from tq_ao.cache import GENERATE_CACHE, TurboQuantCache, head_dim, kv_heads
+from tq_ao.embedded import EMBEDDED
 from tq_ao.errors import one_line
+from tq_ao.models import ALIASES
 
 PROGRAM = "tq-ao-generate"
 
@@ -48,6 +52,12 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
     if args.max_new_tokens < 1:
         return refuse(f"expected --max-new-tokens to be 1 or more, got {args.max_new_tokens}")
+    convert = program.replace("generate", "convert")
+    if args.model.lower() in {*EMBEDDED, *ALIASES} and not Path(args.model).exists():
+        return refuse(
+            f"expected a converted folder or Hub id, got the short name {args.model}; convert it first, with "
+            f"{convert} {args.model}, and give the folder that it writes"
+        )
     try:
         device = devices.named(args.device)
     except ValueError as error:
@@ -55,10 +65,9 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(device).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         return refuse(f"cannot load {args.model}, expected a converted folder or Hub id: {one_line(error)}")
     if not hasattr(model, "turboquant"):
-        convert = program.replace("generate", "convert")
         return refuse(f"{args.model} carries no KV-cache schedule; make one with: {convert} {args.model}")
     torch.manual_seed(args.seed)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(device)

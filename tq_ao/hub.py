@@ -1,5 +1,6 @@
 """Publishing a converted model: one commit to the Hub."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def push(
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
-    retry = f"{folder} is complete; to retry: hf upload {repo_id} {folder}"
+    retry = f"{folder} is complete; to retry: {upload_command(folder, repo_id, private)}"
     if not (token or get_token()):
         todo = "pass --token, or log in with `hf auth login`"
         raise HubError(f"not published: there is no access token ({todo}). {retry}")
@@ -54,6 +55,33 @@ def push(
     except Exception as error:  # whatever it was, the user needs to know that the output is safe
         raise HubError(f"not published: {_cause(error, repo_id)}. {retry}") from error
     return str(url)
+
+
+def upload_command(folder: str | Path, repo_id: str, private: bool) -> str:
+    """What publishes a folder by hand."""
+    return shlex.join(["hf", "upload", repo_id, str(folder), *(["--private"] if private else [])])
+
+
+def check_token(token: str | None) -> None:
+    """Raise ValueError if there is no access token, this one or that of a login, or the Hub says that it refuses it."""
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not (token or get_token()):
+        raise ValueError(
+            "expected an access token with --push-to-hub, got none; pass --token, set HF_TOKEN, or log in with "
+            "`hf auth login`"
+        )
+    try:
+        HfApi(token=token or None).whoami()
+    except HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            raise ValueError(
+                "expected an access token that the Hub accepts with --push-to-hub, got one that it refuses; pass a "
+                "valid one with --token, or log in with `hf auth login`"
+            ) from error
+    except Exception:  # no network now: publishing comes later
+        pass
 
 
 def _cause(error: BaseException, repo_id: str) -> str:

@@ -1,12 +1,15 @@
 """What a conversion starts from: the model, its text and the budget, with cheap checks before anything is loaded."""
 
+import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -68,10 +71,12 @@ def load(
 ) -> Conversion:
     """Resolve and load everything a conversion reads: cheap checks first, then text, then weights."""
     device = devices.named(device)
-    source = resolve(recipe.model, token)
+    source = _resolve(recipe, token)
     config = AutoConfig.from_pretrained(source.path_or_id, token=token)
     recipe = _whole(recipe, source, config)
     without_cache_schedule(config)
+    if recipe.schedule == "auto":
+        check_gradients(config)
     layers = quantizable_layers(config)
     longest = longest_text(config.get_text_config(decoder=True))
     length = max(recipe.verification.length, recipe.calibration.length if recipe.schedule == "auto" else 0)
@@ -92,7 +97,7 @@ def load(
     recalls = recipe.calibration.recall if recipe.schedule == "auto" else 0
     recall = recall_windows(tokenizer, for_calibration, recipe.calibration.length, recalls, recipe.seed)
     verification = windows(tokenizer, for_verification, recipe.verification.length, recipe.verification.windows)
-    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    dtype = dtype or _dtype(config, device)
     say(f"loading {source.path_or_id} ({str(dtype).removeprefix('torch.')} on {device})")
     folder = Path(source.path_or_id)
     if not source.is_local:
@@ -107,7 +112,10 @@ def load(
                 f"the download of {source.path_or_id} broke off ({type(error).__name__}: {reason}); run again to go on"
             ) from error
     stored = find_stored(folder, changing, prefix) if changing else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).to(device).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).to(device).eval()
+    except SafetensorError as error:
+        raise ModelError(f"{folder}: a safetensors file is damaged ({error}); copy or download it again") from error
     if changing:
         fold.check_path(model, layers, calibration[:1, :32])
     return Conversion(
@@ -120,8 +128,16 @@ def whole(recipe: Recipe, *, token: str | None) -> Recipe:
     """A recipe whose schedule maps layers, for all layers of its model (see `Recipe.whole`); reads only its config."""
     if isinstance(recipe.schedule, str):
         return recipe
-    source = resolve(recipe.model, token)
+    source = _resolve(recipe, token)
     return _whole(recipe, source, AutoConfig.from_pretrained(source.path_or_id, token=token))
+
+
+def _resolve(recipe: Recipe, token: str | None) -> ResolvedModel:
+    if recipe.model.lower().endswith(".gguf"):
+        raise ModelError(
+            f"{recipe.model}: expected a model in safetensors, got GGUF, which is not read; give that model"
+        )
+    return resolve(recipe.model, token)
 
 
 def _whole(recipe: Recipe, source: ResolvedModel, config: PreTrainedConfig) -> Recipe:
@@ -154,6 +170,24 @@ def without_cache_schedule(config: PreTrainedConfig) -> None:
             f"the weights are quantised with {method!r}: expected a model with plain or torchao weights; convert the "
             "unquantised model, or pack the cache of the loaded one with tq_ao.quantize_kv_"
         )
+
+
+def check_gradients(config: PreTrainedConfig) -> None:
+    """Raise ModelError for torchao weights that no gradient goes through, which schedule auto measures with."""
+    weights = json.dumps(getattr(config, "quantization_config", {}), default=str)
+    if kinds := sorted(set(re.findall(r'"_type": "(\w*Activation\w*)"', weights))):
+        raise ModelError(
+            f"expected weights that gradients go through with schedule auto, got {', '.join(kinds)}; convert with "
+            "schedule uniform or a schedule file, or a model whose weights alone are quantised"
+        )
+
+
+def _dtype(config: PreTrainedConfig, device: str) -> torch.dtype:
+    """To calibrate in: bfloat16 on a GPU, else float32; quantised weights multiply in the dtype they were made for."""
+    stored = config.get_text_config(decoder=True).dtype or config.dtype
+    if getattr(config, "quantization_config", None) is not None and isinstance(stored, torch.dtype):
+        return stored
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
 def context_of(recipe: Recipe, text_config: Any) -> int:

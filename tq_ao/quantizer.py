@@ -15,9 +15,12 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+from transformers.utils import logging
 from transformers.utils import quantization_config as of_transformers
 
 from tq_ao.config import FORMAT, FORMAT_VERSION, TurboQuantConfig
+
+logger = logging.get_logger(__name__)
 
 
 class TurboQuantQuantizationConfig(of_transformers.QuantizationConfigMixin):
@@ -35,16 +38,16 @@ class TurboQuantQuantizationConfig(of_transformers.QuantizationConfigMixin):
         self, kv_cache_scheme: dict[str, Any] | None = None, version: int = FORMAT_VERSION, **kwargs: Any
     ) -> None:
         self.quant_method = FORMAT
-        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
                 f"expected turboquant version 1..{FORMAT_VERSION}, got {version!r}; "
                 "upgrade tq_ao to read this checkpoint"
             )
         if kv_cache_scheme is None:
             raise ValueError("quantization_config lacks kv_cache_scheme; convert the model again")
+        TurboQuantConfig.from_scheme(kv_cache_scheme)
         self.version = version
         self.kv_cache_scheme = dict(kv_cache_scheme)
-        TurboQuantConfig.from_scheme(self.kv_cache_scheme)
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": FORMAT, "version": self.version, "kv_cache_scheme": self.kv_cache_scheme}
@@ -60,10 +63,8 @@ class TurboQuantHfQuantizer(HfQuantizer):
         self._folder = _folder_of(checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from tq_ao import hf
-
         model.is_quantized = False  # its weights are not: transformers would refuse float(), half() and training
-        return hf.attach_checkpoint(model, self.quantization_config.kv_cache_scheme, self._folder)
+        return _attach(model, self.quantization_config.kv_cache_scheme, self._folder)
 
     def is_serializable(self) -> bool:
         return True
@@ -102,11 +103,35 @@ class TorchAoHfQuantizerWithKV(TorchAoHfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs) or model
         scheme = getattr(self.quantization_config, "kv_cache_scheme", None)
-        if scheme is None:
-            return model
-        from tq_ao import hf
+        return model if scheme is None else _attach(model, scheme, self._folder)
 
-        return hf.attach_checkpoint(model, scheme, self._folder)
+
+def _attach(model: Any, scheme: dict[str, Any], folder: Path | None) -> Any:
+    """`hf.attach_checkpoint` for a schedule that is complete; says which packed layers the transforms file lacks.
+
+    Raises:
+        ValueError: a schedule made for a model of this shape that leaves out a layer to pack; or see there.
+    """
+    from tq_ao import hf
+    from tq_ao.cache import quantizable_layers
+
+    quantization = TurboQuantConfig.from_scheme(scheme)
+    whole = quantization.layers and quantization.num_layers is not None
+    if whole and (missing := [i for i in quantizable_layers(model.config) if i not in quantization.layers]):
+        raise ValueError(
+            f"expected kv_cache_scheme to name every full-attention layer, got none for {missing}; add them to its "
+            "layers, with 16 and 16 bits to keep one exact"
+        )
+    model = hf.attach_checkpoint(model, scheme, folder)
+    maps, packed = model.turboquant.maps.calibrated, model.turboquant.quantization.layers
+    if maps and (bare := [i for i, scheme in packed.items() if not scheme.exact and i not in maps]):
+        logger.warning(
+            "%s has no maps for the packed layers %s, which get random rotations: convert the model again if it is not "
+            "meant to be so",
+            quantization.transforms,
+            bare,
+        )
+    return model
 
 
 def _folder_of(checkpoint_files: Any) -> Path | None:

@@ -53,7 +53,7 @@ def recall_windows(
     if len(words) < records or len(stream) < length:
         raise TextError(
             f"expected text of {length} tokens with {records} different words for recall windows, "
-            f"got {len(stream)} tokens with {len(words)}: give more text, or calibrate with recall 0"
+            f"got {len(stream)} tokens with {len(words)}: give more text, or --recall-windows 0 (recall in a recipe)"
         )
     draws = [random.Random(f"{seed} {i}") for i in range(count)]
     made = [bos + _window(tokenizer, stream, words, length, records, draw) for draw in draws]

@@ -5,6 +5,7 @@ A file may hold several targets of one model: settings they share, and under `ta
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -283,6 +284,23 @@ def load_targets(path: str | Path) -> dict[str, Recipe]:
         return _targets(data) if "targets" in data else {}
 
 
+class _Loader(yaml.SafeLoader):
+    """Of two settings with one name YAML would take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, str(key.value)) for key, _ in node.value]
+        if again := [name for n, (_, name) in enumerate(keys) if keys[n] in keys[:n]]:
+            line = node.start_mark.line + 1
+            raise ValueError(f"expected every key once, got {again} again in the mapping of line {line}; remove one")
+        return node
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Data from a YAML or JSON file in which mappings have every key once."""
+    return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+
+
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
     """Every mistake in the file as a ValueError of one line that begins with its path."""
@@ -290,16 +308,16 @@ def _naming(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(f"{path}: cannot read the recipe ({error.strerror}); give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected a recipe in YAML, got a file that is no UTF-8 text") from error
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def _read(path: str | Path) -> dict[str, Any]:
-    data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(data, dict):
-        raise ValueError(f"expected a mapping, got {type(data).__name__}")
-    if "model" not in data:
-        raise ValueError("expected a key 'model'")
+    data = read_yaml(path)
+    if not isinstance(data, dict) or "model" not in data:
+        raise ValueError(f"expected a mapping with a key 'model', got {reprlib.repr(data)}")
     return data
 
 
@@ -375,9 +393,8 @@ def read_schedule(data: Mapping[Any, Any]) -> dict[int, tuple[int, int]]:
         if not (str(layer).isdecimal() and isinstance(layer, int | str)) or int(layer) in schedule:
             raise ValueError(f"expected every layer once, by its number, got {layer!r} among {[*data]}")
         try:
-            k, v = (pair["k_bits"], pair["v_bits"]) if isinstance(pair, Mapping) else pair
-            LayerScheme(k, v)
-            schedule[int(layer)] = (k, v)
-        except (KeyError, TypeError, ValueError) as error:
+            scheme = LayerScheme(**pair) if isinstance(pair, Mapping) else LayerScheme(*pair)
+            schedule[int(layer)] = (scheme.k_bits, scheme.v_bits)
+        except (TypeError, ValueError) as error:
             raise ValueError(f"expected layer {layer}: [k_bits, v_bits], got {pair!r} ({error})") from error
     return schedule

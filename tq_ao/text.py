@@ -35,7 +35,8 @@ def articles(source: str | Path) -> list[str]:
         source: "enwiki", an excerpt of the English Wikipedia that comes with the gensim package (about 100 long
             articles, 2.6 million characters), or the path of a UTF-8 text file.  A file is cut at top-level headings
             that stand between blank lines: `= Title =` (as in WikiText) or `# Title` (Markdown).  A file without
-            headings is cut at blank lines into pieces of at least 8192 characters.
+            headings is cut at blank lines into pieces of at least 8192 characters; if that gives only one, at the ends
+            of lines.
 
     Returns:
         Non-empty texts, in the order of the source.
@@ -50,7 +51,7 @@ def articles(source: str | Path) -> list[str]:
         what = "is not a file" if path.exists() else "does not exist"
         raise TextError(f"text source {str(source)!r} {what}: give {ENWIKI!r} or the path of a UTF-8 text file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise TextError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from error
     except OSError as error:
@@ -70,7 +71,8 @@ def split_articles(articles: list[str], seed: int) -> tuple[list[str], list[str]
     if len(articles) < 2:
         raise TextError(
             f"expected at least 2 articles, to choose on some and measure on others, got {len(articles)}: separate "
-            "them with headings ('= Title =' or '# Title' between blank lines), or give more text"
+            "them with headings ('= Title =' or '# Title' between blank lines), or give more text: without headings "
+            f"lines are put together to articles of {_MIN_PIECE} characters or more"
         )
     halves: tuple[list[str], list[str]] = ([], [])
     size = [0, 0]
@@ -120,17 +122,25 @@ def token_stream(tokenizer: "PreTrainedTokenizerBase", articles: list[str]) -> l
 
 
 def _pieces(text: str) -> list[str]:
-    """Cut at blank lines into pieces of at least _MIN_PIECE characters; a short rest joins the last piece."""
+    """Cut at blank lines into pieces of at least _MIN_PIECE characters; a short rest joins the last piece.
+
+    Text that is one piece by blank lines is cut at the ends of lines.
+    """
+    pieces = _cut(re.split(r"\n[ \t]*\n", text), "\n\n")
+    return pieces if len(pieces) > 1 else _cut(text.strip().split("\n"), "\n")
+
+
+def _cut(parts: list[str], between: str) -> list[str]:
     pieces: list[str] = []
     current = ""
-    for paragraph in re.split(r"\n[ \t]*\n", text):
-        current = f"{current}\n\n{paragraph}" if current else paragraph
+    for part in parts:
+        current = f"{current}{between}{part}" if current else part
         if len(current) >= _MIN_PIECE:
             pieces.append(current.strip())
             current = ""
     if current.strip():
         if pieces:
-            pieces[-1] += "\n\n" + current.strip()
+            pieces[-1] += between + current.strip()
         else:
             pieces.append(current.strip())
     return pieces

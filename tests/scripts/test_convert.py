@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from transformers import (
     GPTNeoXConfig,
     OPTConfig,
     PhiConfig,
+    TorchAoConfig,
 )
 
 import tq_ao.convert
@@ -364,11 +367,13 @@ def test_values_folded_into_the_weights(schedule, sharded, text, tmp_path, capsy
             assert torch.equal(a, b)
 
 
-def test_a_folded_model_can_be_folded_again(sharded, text, tmp_path):
+def test_a_folded_model_can_be_folded_again(sharded, text, tmp_path, capsys):
     assert run(sharded, text, tmp_path, "--schedule", "uniform", "--fold-values")[0] == 0
+    capsys.readouterr()
     once, twice = tmp_path / "out", tmp_path / "twice"
     flags = ["--schedule", "uniform", "--seed", "1", "--fold-values", "--output-dir", str(twice)]
     assert run(once, text, tmp_path, *flags)[0] == 0
+    assert "left out" not in capsys.readouterr().err, "its transforms file is no weights"
     folders = (sharded, once, twice)
     original, first, second = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in folders)
     assert max(kl_between(original, model, torch.arange(300)[None]) for model in (first, second)) < 1e-3
@@ -398,7 +403,7 @@ def check_reported_is_written(report, original, model, out, text):
     assert found.ppl_exact == pytest.approx(report["ppl_before"], rel=1e-4)
 
 
-def test_a_losing_schedule_is_folded_anew_as_uniform(base, text, tmp_path, monkeypatch):
+def test_a_losing_schedule_is_folded_anew_as_uniform(base, text, tmp_path, monkeypatch, capsys):
     def worst(model, windows, layers, **kwargs):
         maps = {i: replace(m, value=2 * m.value, output=m.output / 2, query=0 * m.query) for i, m in layers.items()}
         return CalibrationResult(dict.fromkeys(layers, (1, 1)), maps, {}, {}, 1.0)
@@ -408,6 +413,9 @@ def test_a_losing_schedule_is_folded_anew_as_uniform(base, text, tmp_path, monke
     report = json.loads((tmp_path / "r.json").read_text())
     assert code == 0 and report["fell_back"] and not report["calibrated_maps"]
     assert report["kl"] == report["baseline_uniform"]["kl"] and abs(report["fold_kl"]) < 1e-6
+    capsys.readouterr()
+    script.show({**report, "fold_kl": -1e-9})
+    assert "with an exact cache KL 0.0000000 to" in capsys.readouterr().out
     code, _ = run(base, text, tmp_path, "--fold-values", "--schedule", "uniform", "--output-dir", str(tmp_path / "b"))
     uniform = json.loads((tmp_path / "r.json").read_text())
     assert code == 0 and uniform["kl"] == report["kl"] and uniform["fold_kl"] == report["fold_kl"]
@@ -455,6 +463,41 @@ def test_a_window_longer_than_the_sample_and_json_on_standard_output(base, text,
     flags = ["--schedule", "uniform", "--window", "300", "--max-seq-length", "512", "--json", "-"]
     code, _ = run(base, text, tmp_path, *flags)
     assert code == 0 and json.loads(capsys.readouterr().out)["window"] == 300
+
+
+def test_torchao_weights_are_calibrated_in_the_dtype_they_were_made_for(base, text, tmp_path, capsys):
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+
+    folder = tmp_path / "ao"
+    config = TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=config)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    code, out = run(folder, text, tmp_path)
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert code == 0 and report["dtype"] == "bfloat16" and len(report["variants"]) == 3
+    stored = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == "torchao" and len(stored["kv_cache_scheme"]["layers"]) == 3
+
+    dynamic = TorchAoConfig(Int8DynamicActivationInt8WeightConfig()).to_dict()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": dynamic}))
+    capsys.readouterr()
+    assert run(folder, text, tmp_path, "--output-dir", str(tmp_path / "again"))[0] == 1
+    said = capsys.readouterr().err
+    assert "gradients go through with schedule auto, got Int8DynamicActivationInt8WeightConfig" in said
+    assert "loading" not in said
+
+
+def test_damaged_weights_get_one_line(base, text, tmp_path, capsys):
+    folder = shutil.copytree(base, tmp_path / "damaged")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    code, out = run(folder, text, tmp_path, "--schedule", "uniform")
+    said = capsys.readouterr().err
+    assert code == 1 and not out.exists() and f"error: {folder}: a safetensors file is damaged (" in said
+    assert generate_cli.main([str(folder), "--prompt", "x", "--device", "cpu"]) == 1
+    assert f"error: cannot load {folder}, expected a converted folder or Hub id: " in capsys.readouterr().err
 
 
 def test_weights_of_another_method_are_refused(base, text, tmp_path, capsys):
@@ -583,6 +626,21 @@ def test_names_of_outputs():
     assert script.default_output(script.settings(args), "memory-first") == Path("gemma-2b-tq-memory-first")
 
 
+def test_the_commands_of_the_readme_run_one_after_the_other():
+    commands = re.findall(r"^python scripts/(convert|generate)\.py (.*)$", (ROOT / "README.md").read_text(), re.M)
+    outputs = []
+    for kind, flags in commands:
+        words = shlex.split(flags, comments=True)
+        if kind == "generate":
+            assert words[0] in outputs
+            continue
+        args = script.parse([str(ROOT / word) if word.endswith(".yaml") else word for word in words])
+        output = str(args.output_dir or script.default_output(script.settings(args), args.target))
+        assert output not in outputs, "which would not be replaced"
+        outputs.append(output)
+    assert len(outputs) > 5
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -610,6 +668,18 @@ def test_names_of_outputs():
         ),
         (["--push-to-hub", "me/x", "--token", ""], "expected an access token with --push-to-hub, got none"),
         (["--push-to-hub", "a/b/c d", "--token", "hf_x"], "expected --push-to-hub with the name of a repository"),
+        (["--push-to-hub", "--token", "hf_x", "--output-dir", "my model"], "a repository, 'org/name', got 'my model'"),
+        (["--private"], "expected --push-to-hub with --private, got --private alone"),
+        (
+            ["--calibration-windows", "0"],
+            "error: --calibration-windows: expected windows >= 1 and length >= 256, got 0",
+        ),
+        (["--verification-windows", "0"], "error: --verification-windows: expected windows >= 1"),
+        (["--recall-windows", "-1"], "error: --recall-windows: expected recall to be a number of windows"),
+        (
+            ["--max-seq-length", "100"],
+            "error: --max-seq-length: expected windows >= 1 and length >= 256, got 3 and 100",
+        ),
         (["--window", "300"], "never leaves the exact window"),
         (["--calibration-windows", "2"], "expected at least 3 calibration windows with schedule auto, got 2"),
         (["--max-seq-length", "5000"], "expected windows of at most 4096 tokens, what"),
@@ -698,6 +768,7 @@ def test_bad_models_get_one_line(tmp_path, capsys):
         ("smollm2-134m", "smollm2-135m"),
         (str(tmp_path / "latent"), "latent attention"),
         ("gemma-2b", "HF_HUB_OFFLINE"),
+        (str(tmp_path / "model.Q4.GGUF"), "expected a model in safetensors, got GGUF, which is not read"),
     ):
         assert script.main([name, "--output-dir", str(tmp_path / "out")]) == 1
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -785,6 +856,20 @@ def test_mistakes_in_generation_get_one_line(flags, message, base, text, tmp_pat
         ("schedule: auto", "expected a mapping {layer: [k_bits, v_bits]}, got 'auto'\n"),
         ("", "expected a mapping {layer: [k_bits, v_bits]}, got None\n"),
         ("{0: [3, 3]", "expected JSON or YAML, got neither ("),
+        ("{0: [3, 3], 0: [4, 4]}", "expected every key once, got ['0'] again in the mapping of line 1; remove one\n"),
+        (
+            "{layers: {0: [3, 3]}, window: 64}",
+            "expected 'layers' alone, which is all that is read, got ['window'] beside",
+        ),
+        (
+            "{model: m, schedule: {0: [3, 3]}}",
+            "expected 'schedule' alone, which is all that is read, got ['model'] beside",
+        ),
+        ("[{layer: 0, k_bits: 3, v_bits: 3, bits: 3}]", "expected layer 0: [k_bits, v_bits], got {"),
+        (
+            "{model_type: llama, quantization_config: {kv_cache_scheme: {layers: {}}}}",
+            "expected a mapping {layer: [k_bits, v_bits]}, got the config.json of a model; copy what its",
+        ),
     ],
 )
 def test_mistakes_in_schedule_files_get_one_line(given, says, base, text, tmp_path, capsys):
@@ -798,7 +883,8 @@ def test_mistakes_in_schedule_files_get_one_line(given, says, base, text, tmp_pa
 
 def test_a_schedule_as_rows(tmp_path):
     path = tmp_path / "report.json"
-    for rows in ([{"layer": 1, "k_bits": 4, "v_bits": 2}], {"schedule": [{"layer": 1, "k_bits": 4, "v_bits": 2}]}):
+    row = {"layer": 1, "k_bits": 4, "v_bits": 2}
+    for rows in ([row], {"schedule": [row]}, {"window": 128, "schedule": [{**row, "sensitivity": 0.1}]}):
         path.write_text(json.dumps(rows))
         assert script.schedule_file(str(path)) == {1: (4, 2)}
 
@@ -922,14 +1008,21 @@ def test_a_stopped_run_says_what_is_kept_and_goes_on(at, base, text, tmp_path, c
     assert again and not {*again} & {*seen}
 
 
+def test_a_short_name_is_converted_before_it_generates(capsys):
+    assert generate_cli.main(["SmolLM2-135M", "--prompt", "x"]) == 1
+    said = capsys.readouterr().err
+    assert "got the short name SmolLM2-135M; convert it first, with tq-ao-convert SmolLM2-135M, and give" in said
+
+
 def test_a_run_that_is_stopped_while_it_publishes_has_written(base, text, tmp_path, capsys, monkeypatch):
     def stopping(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(script.hub, "push", stopping)
-    code, out = run(base, text, tmp_path, "--schedule", "uniform", "--push-to-hub", "me/x", "--token", "hf_x")
+    publish = ["--push-to-hub", "me/x", "--private", "--token", "hf_x"]
+    code, out = run(base, text, tmp_path, "--schedule", "uniform", *publish)
     assert code == 130 and (out / "config.json").exists() and not (tmp_path / ".out.calibration").exists()
-    assert f"\nstopped: {out} is complete; to publish it: hf upload me/x {out}\n" in capsys.readouterr().err
+    assert f"\nstopped: {out} is complete; to publish it: hf upload me/x {out} --private\n" in capsys.readouterr().err
 
 
 def test_the_token_is_not_published():

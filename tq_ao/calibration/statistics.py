@@ -186,6 +186,8 @@ def readout_gram(call: AttentionCall) -> torch.Tensor | None:
         if isinstance(projection, Conv1D):
             weight = projection.weight.mT
         if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.shape[1] == call.q.shape[1] * dim:
+            if type(weight) not in (torch.Tensor, torch.nn.Parameter):  # quantised by torchao
+                weight = weight.dequantize()
             w = weight.detach().double().unflatten(1, (heads, -1, dim))  # [hidden, H, G, D]
             return torch.einsum("ohgd,ohge->hde", w, w)
     return None

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import random
 import warnings
 
 import layer_state
@@ -16,6 +17,7 @@ from tq_ao import LayerMaps, TurboQuantCache, TurboQuantConfig, TurboQuantTensor
 from tq_ao.cache_layer import TurboQuantLayer
 from tq_ao.config import LayerScheme
 from tq_ao.rotation import MapSource
+from tq_ao.tensor import packed_attention
 
 WINDOW, SINKS = 32, 3
 EIGHT = TurboQuantConfig(bits=8, window=WINDOW, sinks=SINKS)
@@ -380,6 +382,26 @@ def test_crop_and_continue(max_len, rng):
     assert int(deep.get_seq_length()) == 0
     again = teacher_forced(model, ids, deep, [200] + [1] * 60)
     assert relative(again[:, -1], want[:, -1]) < 1e-3
+
+
+def test_a_few_new_tokens_leave_in_the_ring_what_was_exact_before_them(rng, seed):
+    """Only longer chunks attend to copies of the rings: here every short one does, too, and nothing changes."""
+    layer = TurboQuantLayer(0, LayerScheme(3, 4), MapSource("hadamard", 0, {}), WINDOW, SINKS)
+    layer.set_start(torch.tensor([0, 5]))
+    draw = random.Random(seed)
+    for step in range(60):
+        q = 1 if step == 1 else draw.choice([2, 31, 32, draw.randint(2, 70)])
+        k, v, query = (torch.randn(2, heads, q, 32, generator=rng) for heads in (2, 2, 4))
+        rings = (layer.k_recent.clone(), layer.v_recent.clone()) if step else ()
+        tensors = layer.update(k, v)
+        if q == 1 or not step:
+            continue
+        assert (tensors[0].recent is layer.k_recent) == (q <= 32)
+        got = packed_attention(query, *tensors, 0.2)
+        for tensor, ring in zip(tensors, rings, strict=True):
+            tensor.recent = ring
+        assert torch.equal(got, packed_attention(query, *tensors, 0.2))
+        layer.crop(-draw.randint(0, min(q, 32)))
 
 
 @pytest.mark.parametrize("max_len", [None, 512])

@@ -160,7 +160,9 @@ class TurboQuantLayer(CacheLayerMixin):
             self._check_room(q, self.max_cache_len)
         snapshot = None
         if q > 1 and not self.is_empty:
-            snapshot = (self.k_recent.clone(), self.v_recent.clone(), self.length.clone())
+            # Up to a tile of new tokens goes to slots of the ring whose tokens were packed before them.
+            rings = [x if q <= TILE else x.clone() for x in (self.k_recent, self.v_recent)]
+            snapshot = (*rings, self.length.clone())
         maps = self.layer_maps
         ops.append_(
             *self.buffers(), key_states, value_states, self.length, self.start,

@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tq_ao.cache import find_decoder, head_dim, kv_heads
 from tq_ao.calibration.statistics import PROJECTIONS
 from tq_ao.checkpoint import read_stored
 from tq_ao.errors import ModelError
 from tq_ao.measure.capture import AttentionCall, exact, intercept
+from tq_ao.models import auto_class
 from tq_ao.rotation import LayerMaps, MapSource, one_by_one
 
 LIMIT = 1e-3  # nats: rounding to bfloat16 costs a hundredth of it, a wrong formula a thousand times as much
@@ -118,7 +119,7 @@ def check_config(config: PreTrainedConfig, layers: Iterable[int]) -> tuple[list[
     if getattr(config, "quantization_config", None) is not None:
         raise _refused(config.model_type, "weights in a plain dtype, got quantised ones")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(deepcopy(config))
+        model = auto_class(config).from_config(deepcopy(config))
     return [name for a in find(model, layers).values() for name in a.parameters()], model.base_model_prefix
 
 

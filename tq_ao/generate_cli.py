@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoConfig, AutoTokenizer, TextStreamer
 
 import tq_ao.quiet  # noqa: F401 - importing tq_ao registers the packed cache with transformers
 from tq_ao import devices
 from tq_ao.cache import GENERATE_CACHE, TurboQuantCache, head_dim, kv_heads
 from tq_ao.embedded import EMBEDDED
 from tq_ao.errors import one_line
-from tq_ao.models import ALIASES
+from tq_ao.models import ALIASES, auto_class
 
 PROGRAM = "tq-ao-generate"
 
@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         return refuse(one_line(error))
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(device).eval()
+        kind = auto_class(AutoConfig.from_pretrained(args.model))
+        model = kind.from_pretrained(args.model, dtype="auto").to(device).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         return refuse(f"cannot load {args.model}, expected a converted folder or Hub id: {one_line(error)}")
     if not hasattr(model, "turboquant"):

@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,7 +26,7 @@ from tq_ao.config import FORMAT
 from tq_ao.errors import ModelError, TextError
 from tq_ao.fold import Folded
 from tq_ao.footprint import memory_budget
-from tq_ao.models import ResolvedModel, resolve
+from tq_ao.models import ResolvedModel, auto_class, resolve
 from tq_ao.recall import recall_windows
 from tq_ao.recipe import Recipe
 from tq_ao.rotation import LayerMaps
@@ -75,6 +74,7 @@ def load(
     config = AutoConfig.from_pretrained(source.path_or_id, token=token)
     recipe = _whole(recipe, source, config)
     without_cache_schedule(config)
+    kind = auto_class(config)
     if recipe.schedule == "auto":
         check_gradients(config)
     layers = quantizable_layers(config)
@@ -113,14 +113,14 @@ def load(
             ) from error
     stored = find_stored(folder, changing, prefix) if changing else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).to(device).eval()
+        model = kind.from_pretrained(folder, config=config, dtype=dtype).to(device).eval()
     except SafetensorError as error:
         raise ModelError(f"{folder}: a safetensors file is damaged ({error}); copy or download it again") from error
     if changing:
         fold.check_path(model, layers, calibration[:1, :32])
     return Conversion(
         recipe, source, folder, model, tokenizer, calibration, recall, verification, memory, stored=stored,
-        report={"folded_base": was_folded(folder)},
+        report={"folded_base": was_folded(folder), "loads_with": kind.__name__},
     )  # fmt: skip
 
 

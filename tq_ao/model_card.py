@@ -53,7 +53,9 @@ def published(folder: Path, repo_id: str) -> dict[str, bytes]:
 
 
 def _front_matter(report: Mapping[str, Any]) -> dict[str, Any]:
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    sees = report.get("loads_with") == "AutoModelForImageTextToText"
+    task = "image-text-to-text" if sees else "text-generation"
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
     if report.get("license"):
         front["license"] = report["license"]
     if report.get("base_model"):
@@ -117,11 +119,11 @@ def _weights(report: Mapping[str, Any]) -> str:
 
 
 def _load(report: Mapping[str, Any]) -> str:
-    where = report.get("repo_id") or _name(report)
+    where, kind = report.get("repo_id") or _name(report), report.get("loads_with", "AutoModelForCausalLM")
     return (
         "## Use\n\n```python\nimport tq_ao  # registers the cache with transformers\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{where}", dtype="auto")\n'
+        f"from transformers import {kind}, AutoTokenizer\n\n"
+        f'model = {kind}.from_pretrained("{where}", dtype="auto")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{where}")\n'
         'inputs = tokenizer("The sea", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))\n```"

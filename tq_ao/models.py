@@ -5,10 +5,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tq_ao.embedded import EMBEDDED, materialize
 from tq_ao.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Short name -> (Hub id, license as the Hub writes it).
 ALIASES = {
@@ -106,6 +109,31 @@ def resolve(name: str, token: str | None = None, cache_dir: str | Path | None = 
     if "/" in name or "\\" in name or name.startswith((".", "~")):
         raise ModelError(f"{name!r} does not exist: give a model folder, a Hub id 'org/name', or a short name")
     raise ModelError(f"unknown model {name!r}{_near(name)}: give a short name, a local folder, or a Hub id 'org/name'")
+
+
+def auto_class(config: "PreTrainedConfig") -> Any:
+    """transformers' auto class of models that generate text: of language models, or of those that see images too.
+
+    Raises:
+        ModelError: a model that does neither.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or ()
+    ):
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise ModelError(
+        f"{config.model_type}: expected a model that generates text (AutoModelForCausalLM or "
+        "AutoModelForImageTextToText), got another kind; a KV cache is of no use there"
+    )
 
 
 def _near(name: str) -> str:

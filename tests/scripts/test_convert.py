@@ -20,8 +20,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BloomConfig,
     DeepseekV3Config,
@@ -487,6 +489,27 @@ def test_torchao_weights_are_calibrated_in_the_dtype_they_were_made_for(base, te
     said = capsys.readouterr().err
     assert "gradients go through with schedule auto, got Int8DynamicActivationInt8WeightConfig" in said
     assert "loading" not in said
+
+
+@pytest.mark.parametrize("schedule", ["auto", "uniform"])
+def test_models_that_see_images_are_converted_by_their_text(schedule, base, text, tmp_path, capsys):
+    folder, tokenizer = tmp_path / "vlm", AutoTokenizer.from_pretrained(base)
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CONFIG_MAPPING["smolvlm"](
+        text_config=tiny.config("llama", vocab_size=len(tokenizer)).to_dict(), vision_config=vision
+    )
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    code, out = run(folder, text, tmp_path, "--schedule", schedule)
+    assert code == 0
+    model = AutoModelForImageTextToText.from_pretrained(out)
+    assert len(model.turboquant.quantization.layers) == 3
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card and "model = AutoModelForImageTextToText.from_pretrained" in card
+    capsys.readouterr()
+    flags = ["--prompt", "sea land river " * 40, "--max-new-tokens", "3", "--device", "cpu"]
+    assert generate_cli.main([str(out), *flags]) == 0
+    assert "packed at" in capsys.readouterr().out
 
 
 def test_damaged_weights_get_one_line(base, text, tmp_path, capsys):

@@ -160,6 +160,10 @@ SDPA_ERRORS: list[tuple[Case, str]] = [
         lambda q, k, v: F.scaled_dot_product_attention(torch.cat([q, q[:, :1]], 1), k, v, enable_gqa=True),
         r"expected queries \[2, a multiple of 2, q_len, 64\]",
     ),
+    (
+        lambda q, k, v: F.scaled_dot_product_attention(q[:, [0, 1, 0]].repeat(1, 1, 2, 1), k, v, enable_gqa=True),
+        r"expected queries \[2, a multiple of 2, q_len, 64\]",
+    ),
     (lambda q, k, v: F.scaled_dot_product_attention(q[:1], k, v), r"expected queries \[2,"),
     (lambda q, k, v: F.scaled_dot_product_attention(q[..., :32], k, v), r"q_len, 64\]"),
     (lambda q, k, v: F.scaled_dot_product_attention(q.half(), k, v), "expected query in the keys' dtype torch.float32"),

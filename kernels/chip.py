@@ -11,7 +11,7 @@ def is_nvidia(device: torch.device) -> bool:
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """1 for the interpreter."""
+    """How many there are; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

@@ -64,11 +64,11 @@ def combine_gluon_kernel(
     batch, heads, splits, chunks, group, q_len,
     G: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, COLUMNS: gl.constexpr, R: gl.constexpr, WD: gl.constexpr,
     PARTS: gl.constexpr, MORE: gl.constexpr, E_PARTS: gl.constexpr, E_MORE: gl.constexpr, HAS_SINK: gl.constexpr,
-    SEVERAL: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
+    FEW: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """combine.combine_kernel; at a time R queries, PARTS of their splits, E_PARTS of their chunks (MORE: not all).
 
-    split_o and exact_o in float16, too; split_ml, exact_ml: as int64, a maximum and a mass each.  SEVERAL: of G rows to
+    split_o and exact_o in float16, too; split_ml, exact_ml: as int64, a maximum and a mass each.  FEW: of G rows to
     a KV head the first group * q_len are queries, q_len of each of its query heads in turn; out is [B, Hq, q_len, D].
     """
     TENSOR: gl.constexpr = R >= 8 and 8 * num_warps <= COLUMNS and DP <= 128  # the map fits registers
@@ -127,7 +127,7 @@ def combine_gluon_kernel(
     last = batch * G - 1
     query = gl.minimum(first_query + gl.arange(0, R, gl.SliceLayout(0, gl.SliceLayout(2, L_S))), last)
     if HAS_SINK:
-        if SEVERAL:
+        if FEW:
             logit = h * group + gl.minimum(query % G // q_len, group - 1)
         else:
             logit = h * G + query % G
@@ -189,7 +189,7 @@ def combine_gluon_kernel(
     y = gl.convert_layout(y, F) + unrotated + mass_f[:, None] * shift[None, :]
     row_f = query_f % G
     live_f = query_f <= last
-    if SEVERAL:
+    if FEW:
         live_f = live_f & (row_f < group * q_len)
         row_f += ((query_f // G).to(gl.int64) * heads + h) * (group * q_len)
     else:

@@ -1,4 +1,4 @@
-"""Attention of one query per row and head, or a few, over packed K and V: three launches, none waits for the host.
+"""Attention of one query per row and head, or a few, over packed K and V: three launches, no waiting of the host.
 
     query.py            rotate the queries
     decode_gluon.py     packed tiles, split over the sequence, and a share of the exact tokens
@@ -6,7 +6,7 @@
 
 On other GPUs query.py attends to the exact tokens, and decode_portable.py and combine.py do the rest.
 
-A few queries (`several_queries`: drafts that are verified) all see the same packed tokens and window, so they are more
+A few queries (`few_queries`: drafts that are verified) all see the same packed tokens and window, so they are more
 query heads to the Gluon kernels; the new tokens, which they see causally, are one more exact part.
 
 Row lengths are read from device memory; the grids depend on shapes and the number of SMs only, so a
@@ -25,7 +25,7 @@ from .combine import combine_kernel
 from .decode_portable import portable_splits_kernel
 from .encode import operand_type
 from .operands import contiguous
-from .query import check_queries, prepare_kernel, prepare_several_kernel
+from .query import check_queries, prepare_few_kernel, prepare_kernel
 
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 512
@@ -37,6 +37,7 @@ MAX_SPLIT_TOKENS = 8192
 MAX_PAIRS = 65535  # programs along the second axis of a grid
 TILE = 32
 EXACT_COST = 0.9  # of an exact token against packed ones of as many bytes
+MAX_TILES = 1 << 18  # to a row of a few queries: what `_first_step` counts in 32 bits, with any number of splits
 # To a split of a long row, that are not dealt out.  Programs that share one run of tiles read it slower than each its
 # own (half of all tiles claimed: H200 +4 to +10 %), but end together.
 CLAIMED_TILES = 4
@@ -226,24 +227,24 @@ def decode_attention(
     obstacle = _gluon_obstacle(q.device)
     if impl == "gluon" and obstacle:
         raise ValueError(f"impl='gluon' does not run on {q.device}: {obstacle}; use impl='triton'")
-    return _attend(
+    return _launch(
         q, None, k_codes, k_scales, v_codes, v_scales, k_sinks, v_sinks, k_recent, v_recent, length, start,
         query_map, key_shift, output_map, value_shift, window, scale, softcap, sink_logits, k_bits, v_bits,
         use_gluon=impl != "triton" and obstacle is None,
     )  # fmt: skip
 
 
-def several_obstacle(q: torch.Tensor, packed: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> str | None:
-    """Why `several_queries` does not take q [B, Hq, q_len, D] with such codes and scales, sinks and ring, or None."""
+def few_obstacle(q: torch.Tensor, packed: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> str | None:
+    """Why `few_queries` does not take q [B, Hq, q_len, D] with such codes and scales, sinks and ring, or None."""
     heads = packed[0].shape[1]
-    rows, most = (
-        q.shape[1] // heads * q.shape[2],
-        48 if q.shape[3] <= 128 else 32,
-    )  # beyond, extend's kernels are faster
+    rows = q.shape[1] // heads * q.shape[2]
+    most = 48 if q.shape[3] <= 128 else 32  # with more, extend_attention's own kernels are faster
     if rows > most:
         return f"it takes up to {most} queries to a KV head, of all its query heads, these are {rows}"
-    if q.shape[0] * heads > MAX_PAIRS or q.shape[0] * padded_rows(rows) > 4 * MAX_PAIRS:
+    if q.shape[0] * padded_group(rows) > 4 * MAX_PAIRS:
         return f"a batch of {q.shape[0]} is more than its grids hold"
+    if packed[0].shape[2] > MAX_TILES:
+        return f"it takes rows with room for {MAX_TILES * TILE} tokens, these have {packed[0].shape[2] * TILE}"
     if not _readable_by_gluon(*exact):
         return "sinks and recent tokens are not 16-bit numbers of one type on 16-byte boundaries"
     if not all(map(_has_whole_heads, packed + exact)):
@@ -251,22 +252,22 @@ def several_obstacle(q: torch.Tensor, packed: tuple[torch.Tensor, ...], exact: t
     return _gluon_obstacle(q.device)
 
 
-def padded_rows(rows: int) -> int:
-    """Rows to a KV head that the kernels are compiled for, not one by one, to attend with `rows` of them."""
+def padded_group(rows: int) -> int:
+    """Rows to a KV head, up to a number that kernels are compiled for: 8 or a multiple of 16."""
     return 8 if rows <= 8 else 16 * triton.cdiv(rows, 16)
 
 
-def several_queries(
+def few_queries(
     q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, *cache, k_bits: int, v_bits: int
 ) -> torch.Tensor:
-    """`reference.attention` of q [B, Hq, q_len, D] and k_new, v_new [B, H, q_len, D]; `several_obstacle` must be None.
+    """`reference.attention` of q [B, Hq, q_len, D] and k_new, v_new [B, H, q_len, D]; `few_obstacle` must be None.
 
     What `decode_attention` says of large values and of rounding holds here, and of entries of v_new as of v_recent.
     """
-    return _attend(q, (k_new, v_new), *cache, k_bits=k_bits, v_bits=v_bits, use_gluon=True)
+    return _launch(q, (k_new, v_new), *cache, k_bits=k_bits, v_bits=v_bits, use_gluon=True)
 
 
-def _attend(
+def _launch(
     q: torch.Tensor, new: tuple[torch.Tensor, torch.Tensor] | None, k_codes: torch.Tensor, k_scales: torch.Tensor,
     v_codes: torch.Tensor, v_scales: torch.Tensor, k_sinks: torch.Tensor, v_sinks: torch.Tensor,
     k_recent: torch.Tensor, v_recent: torch.Tensor, length: torch.Tensor, start: torch.Tensor,
@@ -274,18 +275,18 @@ def _attend(
     window: int, scale: float, softcap: float, sink_logits: torch.Tensor | None, k_bits: int, v_bits: int,
     use_gluon: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """The three launches; new: keys and values of the tokens of several queries."""
+    """The three launches; new: keys and values of the tokens of a few queries."""
     batch, q_heads, q_len, dim = q.shape
     heads, tiles = k_codes.shape[1:3]
     group, device = q_heads // heads, q.device
-    per_head = group if new is None else padded_rows(group * q_len)
+    per_head = group if new is None else padded_group(group * q_len)
     if batch * heads > MAX_PAIRS:
         raise ValueError(
             f"expected at most {MAX_PAIRS} pairs of row and KV head, got {batch} x {heads}; split the batch"
         )
     if batch * per_head > 4 * MAX_PAIRS:
         raise ValueError(
-            f"expected at most {4 * MAX_PAIRS} queries to a KV head, got {batch} rows of {group}; split the batch"
+            f"expected at most {4 * MAX_PAIRS} queries to a KV head, got {batch} rows of {per_head}; split the batch"
         )
     padded = triton.next_power_of_2(dim)
     head_tiles = triton.cdiv(per_head, 8)
@@ -369,7 +370,7 @@ def _attend(
         )  # fmt: skip
     else:
         k_new, v_new = (x if x.stride(3) == 1 else x.contiguous() for x in new)
-        prepare_several_kernel[(map_programs + exact_programs,)](
+        prepare_few_kernel[(map_programs + exact_programs,)](
             q, k_new, v_new, length, start, query_map, key_shift, rotated, bias, claims, exact_o, exact_ml,
             *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3], batch, heads, group, q_len, counters, chunks,
             factor, 1.0 / unit, cap, NEW=max(16, triton.next_power_of_2(q_len)), num_warps=4, **how,
@@ -387,7 +388,7 @@ def _attend(
             *key_strides, *value_strides, *q.stride()[:3], *sink_strides, *recent_strides,
             heads, group, q_len, sinks, window, capacity, splits, here, chunk, exact_quarters, to_claim, factor, cap,
             G=per_head, D=dim, K_BITS=k_bits, V_BITS=v_bits, HT=config.head_tiles,
-            TILES=config.tiles, SOFTCAP=softcap > 0, SEVERAL=new is not None, PDL=pdl,
+            TILES=config.tiles, SOFTCAP=softcap > 0, FEW=new is not None, PDL=pdl,
             K_ASM=key_asm(k_bits), K_CONSTRAINTS=constraints(8, k_bits),
             V_ASM=value_asm(v_bits), V_CONSTRAINTS=constraints(16, v_bits),
             num_warps=1, maxnreg=config.registers, launch_pdl=pdl,
@@ -411,7 +412,7 @@ def _attend(
         combine_gluon_kernel[(heads, triton.cdiv(batch * per_head, merge.queries), triton.cdiv(dim, merge.columns))](
             split_o, split_ml.view(torch.int64), exact_o, exact_ml.view(torch.int64), *arguments, group, q_len, **shape,
             COLUMNS=merge.columns, R=merge.queries, WD=merge.dim_warps, PARTS=merge.parts, MORE=splits > merge.parts,
-            E_PARTS=min(8, triton.next_power_of_2(parts)), E_MORE=parts > 8, SEVERAL=new is not None, PDL=pdl,
+            E_PARTS=min(8, triton.next_power_of_2(parts)), E_MORE=parts > 8, FEW=new is not None, PDL=pdl,
             num_warps=merge.queries * merge.dim_warps, launch_pdl=pdl,
         )  # fmt: skip
     else:

@@ -287,7 +287,7 @@ def gluon_splits_kernel(
     stride_qb, stride_qh, stride_qn, stride_sb, stride_sh, stride_rb, stride_rh,
     heads, group, q_len, sinks, window, capacity, splits, chunks, chunk_tokens, exact_quarters, to_claim, factor, cap,
     G: gl.constexpr, D: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, HT: gl.constexpr,
-    TILES: gl.constexpr, SOFTCAP: gl.constexpr, SEVERAL: gl.constexpr, PDL: gl.constexpr,
+    TILES: gl.constexpr, SOFTCAP: gl.constexpr, FEW: gl.constexpr, PDL: gl.constexpr,
     K_ASM: gl.constexpr, K_CONSTRAINTS: gl.constexpr, V_ASM: gl.constexpr, V_CONSTRAINTS: gl.constexpr,
     num_warps: gl.constexpr = 1,
 ):  # fmt: skip
@@ -296,8 +296,8 @@ def gluon_splits_kernel(
     rotated, bias and claims as `query.prepare_kernel` writes them; codes as int8 [B, H, T, tile bytes]; scales fp16
     [B, H, T, 32]; sinks and recent tokens in a 16-bit dtype if chunks > 0, else the exact part is done elsewhere;
     outputs as `combine_gluon.combine_gluon_kernel` reads them.  to_claim: steps to a split of a long row that are
-    claimed; 0: all are dealt out, so that what a split adds up, and its rounding, is the same in each run.  SEVERAL:
-    rows of a KV head are queries as in `query.prepare_several_kernel`, which fills the exact part behind the chunks.
+    claimed; 0: all are dealt out, so that what a split adds up, and its rounding, is the same in each run.  FEW:
+    rows of a KV head are queries as in `query.prepare_few_kernel`, which fills the exact part behind the chunks.
     """
     gl.static_assert(num_warps == 1, "a claim is one warp's")
     GROUPS: gl.constexpr = D // 32
@@ -350,15 +350,15 @@ def gluon_splits_kernel(
             _send_for(p_v, first * TILES, tiles, 4 * D * V_BITS, TILES)
         n_sinks = gl.minimum(n, sinks)
         n_exact = n_sinks + gl.where(capacity == 0, 0, gl.maximum(n - sinks, 0) - packed)
-        at_q = q_exact + b * stride_qb + h * (group if SEVERAL else G) * stride_qh
+        at_q = q_exact + b * stride_qb + h * (group if FEW else G) * stride_qh
         at_s = b * stride_sb + h * stride_sh
         at_r = b * stride_rb + h * stride_rh
-        at_part = (bh * (chunks + 1 if SEVERAL else chunks) + split).to(gl.int64) * G
+        at_part = (bh * (chunks + 1 if FEW else chunks) + split).to(gl.int64) * G
         for x in gl.static_range(HT):
             m_exact, l_exact, acc_exact = attend_exact(
                 at_q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, stride_qn, at_s, at_r, (head_tile + x) * 8,
                 split, n_sinks, n_exact, packed, capacity, chunk_tokens, group, q_len, factor, cap, G, D, QD,
-                EXACT_TOKENS, SOFTCAP, SEVERAL, S_L,
+                EXACT_TOKENS, SOFTCAP, FEW, S_L,
             )  # fmt: skip
             store_part(
                 exact_o, exact_ml, m_exact, l_exact, acc_exact, at_part, (head_tile + x) * 8, G, D, QD, True, S_L

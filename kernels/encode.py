@@ -17,6 +17,7 @@ from .pack import get_words, put_scales, put_words, quantize, token_order
 
 TILE = 32
 RESIDENT = {32: 4, 64: 4, 128: 2}  # programs to a multiprocessor; larger dims: 1
+MANY_TILES = 4  # fewer are no whole block of `encode_gluon`
 WIDE = 200  # KiB of shared memory: a chip with wgmma or tcgen05
 
 
@@ -219,7 +220,7 @@ def encode_many(
     batch, heads, n, dim = x.shape
     operands = prepared(operands, map, shift, feedback, role)
     words = as_words(codes, scales)
-    rest = gluon and tiles >= 4 and runs_gluon(x)
+    rest = gluon and tiles >= MANY_TILES and runs_gluon(x)
     options = launch_options(dim, shared_kib(x.device), feedback is not None, rest)
     blocks = triton.cdiv(tiles, options["TILES"])
     cores = multiprocessors(x.device)
@@ -267,16 +268,16 @@ def encode(
         ValueError: operands of other maps, by their shape or type, or impl="gluon" where it does not run.
     """
     batch, heads, n, dim = x.shape
-    if impl == "gluon" and not runs_gluon(x):
-        raise ValueError(
-            f"impl='gluon' encodes bfloat16 vectors of 256 dims in 16-byte aligned rows on Hopper, got {x.dtype} of "
-            f"{dim} dims, strides {x.stride()}, on {x.device}; use impl='triton'"
-        )
+    x = unit_stride(x)
     tiles = triton.cdiv(n, TILE)
+    if impl == "gluon" and (tiles < MANY_TILES or not runs_gluon(x)):
+        raise ValueError(
+            f"impl='gluon' encodes {32 * MANY_TILES} bfloat16 vectors of 256 dims or more, in 16-byte aligned rows, on "
+            f"Hopper, got {n} in {x.dtype} of {dim} dims, strides {x.stride()}, on {x.device}; use impl='triton'"
+        )
     codes = torch.empty(batch, heads, tiles, TILE * dim * book.bits // 8, dtype=torch.uint8, device=x.device)
     scales = torch.empty(batch, heads, tiles, TILE, dtype=torch.float16, device=x.device)
     if codes.numel():
-        x = unit_stride(x)
         map, shift = map.contiguous(), shift.contiguous()
         encode_many(
             x, None, codes, scales, map, shift, feedback, operands, None, None, tiles, 0, 0, role, book,

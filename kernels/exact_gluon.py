@@ -49,7 +49,7 @@ def attend_exact(
     q, k_sinks, v_sinks, k_recent, v_recent, stride_qh, stride_qn, at_s, at_r, first_head, chunk, n_sinks, count,
     packed, capacity, chunk_tokens, group, q_len, factor, cap,
     G: gl.constexpr, D: gl.constexpr, QD: gl.constexpr, T: gl.constexpr, SOFTCAP: gl.constexpr,
-    SEVERAL: gl.constexpr, S_L: gl.constexpr,
+    FEW: gl.constexpr, S_L: gl.constexpr,
 ):  # fmt: skip
     """Online softmax of 8 query heads over chunk_tokens of the `count` exact tokens, T at a time: maximum, sum, and
     output for each QD dimensions; -1e30, 0 and 0 of no tokens.
@@ -79,7 +79,7 @@ def attend_exact(
 
     row = gl.arange(0, 16, gl.SliceLayout(1, QA))
     col = gl.arange(0, QD, gl.SliceLayout(0, QA))
-    if SEVERAL:
+    if FEW:
         index = gl.minimum(first_head + row % 8, group * q_len - 1)
         q += index[:, None] // q_len * stride_qh + index[:, None] % q_len * stride_qn
     else:

@@ -1,6 +1,6 @@
 """Attention of several queries per row over packed K and V, the exact window and sinks, and causally over new tokens.
 
-A few queries are left to the kernels of decode_attention.py, which read the codes once for all of them; what follows
+A few queries are left to the kernels of decode_attention.py, which share a long row among more programs; what follows
 is for more.
 
 Four launches.  `exact_kernel` is flash attention over sinks, ring and new tokens; beside it `rotate_kernel` maps the
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .chip import launches_early, multiprocessors, shared_kib
-from .decode_attention import MAX_PAIRS, several_obstacle, several_queries
+from .decode_attention import MAX_PAIRS, few_obstacle, few_queries
 from .encode import WIDE, padded_dim
 from .levels import level_unit, levels_asm, unpack
 from .mapped import load_map, map_operands, two_parts
@@ -365,11 +365,11 @@ _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl
 
 
 def launch_options(
-    dim: int, rows: int, dtype: torch.dtype, shared: int, few: bool = False
+    dim: int, rows: int, dtype: torch.dtype, shared: int, small_grid: bool = False
 ) -> dict[str, dict[str, int]]:
     """Block sizes of the four kernels for `rows` = G * q_len query rows per KV head.
 
-    shared: KiB of shared memory in a multiprocessor.  few: blocks of 128 rows would leave multiprocessors idle.
+    shared: KiB of shared memory in a multiprocessor.  small_grid: blocks of 128 rows would leave multiprocessors idle.
     """
     padded, wide = padded_dim(dim), shared >= WIDE
     small = padded <= 128
@@ -387,9 +387,9 @@ def launch_options(
     else:  # fewer registers hold one tile when the operands of mma.sync come from them
         narrow = padded <= 64
         packed = {"M": min(m, 64 if narrow else 32), "TILES": 2 if narrow else 1, "num_warps": 4, "num_stages": 2}
-    if few:
+    if small_grid:
         m = min(m, 64)
-    exact = {"M": m, "N": 64 if padded <= 128 and not few else 32, "num_warps": 8 if m == 128 else 4}
+    exact = {"M": m, "N": 64 if padded <= 128 and not small_grid else 32, "num_warps": 8 if m == 128 else 4}
     stages = 3 if padded <= 128 and wide else 2 if padded <= 256 or shared >= 160 else 1
     return {**ends, "packed": packed, "exact": {**exact, "num_stages": stages}}
 
@@ -404,37 +404,40 @@ def extend_attention(
 ) -> torch.Tensor:  # fmt: skip
     """Attention of q [B, Hq, q_len, D] over a packed cache of `length` tokens and causally over k_new, v_new.
 
-    Arguments and result are those of `reference.attention`.
+    Arguments and result are those of `reference.attention`.  For few queries what `decode_attention` says of large and
+    small values and of rounding holds, and for k_new and v_new as for the ring.
 
     Args:
         k_bits, v_bits: code widths of k_codes and v_codes.
-        impl: "gluon" (`decode_attention.several_queries`: few queries, NVIDIA GPUs), "triton" (any number of queries),
+        impl: "gluon" (`decode_attention.few_queries`: few queries, NVIDIA GPUs), "triton" (any number of queries),
             "auto": the first that takes them.
 
     Raises:
-        ValueError: queries of another number of rows or heads, strides that a kernel cannot follow, or impl="gluon"
-            where it does not run.
+        ValueError: queries of another number of rows or heads, strides that a kernel cannot follow, an unknown impl, or
+            impl="gluon" where it does not run.
     """
     batch, q_heads, q_len, dim = q.shape
     check_queries(q, k_codes)
     if not q.numel():
         return torch.empty_like(q)
+    if impl not in ("auto", "gluon", "triton"):
+        raise ValueError(f"expected impl 'auto', 'gluon' or 'triton', got {impl!r}")
     heads, capacity, sinks = k_codes.shape[1], k_recent.shape[2], k_sinks.shape[2]
     group = q_heads // heads
     if batch * heads > MAX_PAIRS:
         raise ValueError(
             f"expected at most {MAX_PAIRS} pairs of row and KV head, got {batch} x {heads}; split the batch"
         )
-    if (k_sinks.stride() != v_sinks.stride() and sinks) or k_recent.stride() != v_recent.stride():
+    if (k_sinks.stride() != v_sinks.stride() and sinks) or (k_recent.stride() != v_recent.stride() and capacity):
         raise ValueError("expected sinks (and rings) of keys and values to have equal strides; allocate them alike")
     if any(t.stride(-1) != 1 for t in (k_codes, v_codes, k_scales, v_scales)):
         raise ValueError("expected codes and scales contiguous along their last dimension; call .contiguous() on them")
     exact = (k_sinks, v_sinks, k_recent, v_recent)
-    obstacle = several_obstacle(q, (k_codes, k_scales, v_codes, v_scales), exact)
+    obstacle = few_obstacle(q, (k_codes, k_scales, v_codes, v_scales), exact)
     if impl == "gluon" and obstacle:
         raise ValueError(f"impl='gluon' does not run here: {obstacle}; use impl='triton'")
     if impl != "triton" and obstacle is None:
-        return several_queries(
+        return few_queries(
             q, k_new, v_new, k_codes, k_scales, v_codes, v_scales, *exact, length, start, query_map, key_shift,
             output_map, value_shift, window, scale, softcap, sink_logits,
             k_bits=k_bits, v_bits=v_bits,
@@ -446,8 +449,8 @@ def extend_attention(
     split_operand = tl.float32 if interpreted else tl.bfloat16
     padded = padded_dim(dim)
     cores = multiprocessors(q.device)
-    few = triton.cdiv(group * q_len, 128) * batch * heads < cores
-    options = launch_options(dim, group * q_len, q.dtype, shared_kib(q.device), few)
+    small_grid = triton.cdiv(group * q_len, 128) * batch * heads < cores
+    options = launch_options(dim, group * q_len, q.dtype, shared_kib(q.device), small_grid)
     k_words, v_words = k_codes.view(torch.int32), v_codes.view(torch.int32)
     query_map, output_map = query_map.contiguous(), output_map.contiguous()
     key_shift, value_shift = key_shift.contiguous(), value_shift.contiguous()

@@ -10,7 +10,7 @@ Grid: first heads * ceil(B * G / 16) * D / COLUMNS programs that map 16 queries 
 to COLUMNS dimensions, so that no program waits for a whole map; then, if EXACT (the Gluon kernel attends to 16-bit
 windows itself), one program for each (row, KV head, 16 of its query heads, chunk of exact tokens).
 
-`prepare_several_kernel` does it for a few queries to a head, which are more heads to what follows: row r of a KV head
+`prepare_few_kernel` does it for a few queries to a head, which are more heads to what follows: row r of a KV head
 is query r % q_len of its query head r // q_len.  Further programs attend to the new tokens: one exact part more.
 
 Of the map programs each also sets some of the splits' counters of claimed steps to zero.
@@ -40,14 +40,14 @@ def packed_count(n, sinks, window, capacity):
 
 @triton.jit
 def _prepare(
-    pid, q, query_map, key_shift, rotated, bias, claims, stride_qb, stride_qh, stride_qn, batch, heads, group, q_len,
-    counters, factor, inverse_unit,
+    pid, q, length, start, query_map, key_shift, rotated, bias, claims, stride_qb, stride_qh, stride_qn, batch, heads,
+    group, q_len, counters, factor, inverse_unit,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr, SEVERAL: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """Map 16 queries of KV head pid % heads to dimensions COLUMNS * (pid // heads % (D / COLUMNS)) and on.
 
-    SEVERAL: of the G rows of a KV head, group * q_len are queries, the others zeros.
+    FEW: of the G rows of a KV head, group * q_len are queries, the others and queries of padding tokens zeros.
     """
     PARTS: tl.constexpr = D // COLUMNS
     h = (pid % heads).to(tl.int64)
@@ -56,12 +56,10 @@ def _prepare(
     b = (index // G).to(tl.int64)
     g = index % G
     live = b < batch
-    if SEVERAL:
-        given = live & (g < group * q_len)
+    if FEW:
         p_q = q + b[:, None] * stride_qb + (h * group + g // q_len)[:, None] * stride_qh
         p_q += (g % q_len).to(tl.int64)[:, None] * stride_qn
     else:
-        given = live
         p_q = q + b[:, None] * stride_qb + (h * G + g)[:, None] * stride_qh
     column = part * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, DP)
@@ -76,6 +74,10 @@ def _prepare(
         )
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    given = live
+    if FEW:
+        skip = tl.load(start + b, mask=live, other=0) - tl.load(length)  # padding among the new tokens, if positive
+        given = live & (g < group * q_len) & (g % q_len >= skip)
     # [DP, COLUMNS]
     part_map = tl.load(p_map + inner[:, None] * D + column[None, :], mask=inside[:, None], other=0.0)
     shift = tl.load(key_shift + h * D + inner, mask=inside, other=0.0)
@@ -214,8 +216,8 @@ def prepare_kernel(
     maps = heads * ((batch * G + 15) // 16) * (D // COLUMNS)
     if pid < maps:
         _prepare(
-            pid, q, query_map, key_shift, rotated, bias, claims, stride_qb, stride_qh, 0, batch, heads, G, 1,
-            counters, factor, inverse_unit, G, D, DP, COLUMNS, OPERAND, PRECISION, PDL, False,
+            pid, q, length, start, query_map, key_shift, rotated, bias, claims, stride_qb, stride_qh, 0, batch, heads,
+            G, 1, counters, factor, inverse_unit, G, D, DP, COLUMNS, OPERAND, PRECISION, PDL, False,
         )  # fmt: skip
     elif EXACT:
         if PDL:
@@ -229,7 +231,7 @@ def prepare_kernel(
 
 
 @triton.jit(do_not_specialize=["batch", "chunks", "counters", "group", "q_len"])
-def prepare_several_kernel(
+def prepare_few_kernel(
     q, k_new, v_new, length, start, query_map, key_shift, rotated, bias, claims, exact_o, exact_ml,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     batch, heads, group, q_len, counters, chunks, factor, inverse_unit, cap,
@@ -244,8 +246,8 @@ def prepare_several_kernel(
     maps = heads * ((batch * G + 15) // 16) * (D // COLUMNS)
     if pid < maps:
         _prepare(
-            pid, q, query_map, key_shift, rotated, bias, claims, stride_qb, stride_qh, stride_qn, batch, heads, group,
-            q_len, counters, factor, inverse_unit, G, D, DP, COLUMNS, OPERAND, PRECISION, PDL, True,
+            pid, q, length, start, query_map, key_shift, rotated, bias, claims, stride_qb, stride_qh, stride_qn, batch,
+            heads, group, q_len, counters, factor, inverse_unit, G, D, DP, COLUMNS, OPERAND, PRECISION, PDL, True,
         )  # fmt: skip
     else:
         if PDL:

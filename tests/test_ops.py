@@ -119,7 +119,8 @@ WRONG = {
         (1, lambda x: x[:1], r"key map \[2, 64, 64\], got \[1, 64"),
         (4, lambda _: "keys", "role"),
     ],
-    "prepare": [(1, lambda x: x[:, :32], "key map"), (2, lambda _: "keys", "role")],
+    "prepare": [(1, lambda x: x[:, :32], "key map"), (1, lambda x: x[0], "key shift"), (2, lambda _: "keys", "role")],
+    "decode": [(1, lambda x: x[:, :1], r"scales \[2, 2, .*, 32\], got \[2, 1"), (3, lambda _: "keys", "role")],
     "append_": [
         (8, lambda x: x[:1], r"new keys \[2, 2, 40, 64\], got \[1, 2"),
         (9, lambda x: x[:, :, :30], r"new values \[2, 2, 40, 64\], got \[2, 2, 30"),
@@ -132,7 +133,8 @@ WRONG = {
         (0, lambda x: torch.cat([x, x], -1), "head_dim 64, as in the cache"),
         (0, lambda x: x[:, :3], "a multiple of 2 heads"),
         (4, lambda x: x[:, :, :1], "value scales"),
-        (6, lambda x: x[:1], "sinks of values|sinks"),
+        (6, lambda x: x[:1], "expected sinks of values"),
+        (9, lambda x: x[None], r"length \[\], got \[1\]"),
     ],
     "extend_attention": [
         (1, lambda x: x[:, :, :3], r"new keys \[2, 2, 40, 64\], got \[2, 2, 3, 64\]"),

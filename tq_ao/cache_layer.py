@@ -142,7 +142,7 @@ class TurboQuantLayer(CacheLayerMixin):
         """Store new keys and values [B, H, q, D]; returns what attention reads.
 
         An empty cache hands back the exact tensors (prefill attends exact K and V).  Later calls return
-        TurboQuantTensors; for q > 1 they see the cache as it was plus the new tokens, exact.
+        TurboQuantTensors; for q > 1 they see the cache as it was plus the new tokens, exact, until the next update.
 
         Raises:
             ValueError: another batch size, or more tokens than a static cache was made for.  How many it holds only an

@@ -99,6 +99,7 @@ def _check_append(
     batch, heads, dim = k_recent.shape[0], k_recent.shape[1], k_recent.shape[3]
     _expect("new keys", (batch, heads, k.shape[2], dim), k.shape)
     _expect("new values", k.shape, v.shape)
+    _expect("length", (), length.shape)
     _expect("start", (batch,), start.shape)
     _check_maps("key", key_map, key_shift, heads, dim)
     _check_maps("value", value_map, value_shift, heads, dim)
@@ -128,7 +129,7 @@ def _check_attention(q, new, cache, sink_logits) -> tuple[int, int]:
     Returns the code widths of keys and values.
     """
     batch, heads, dim = cache[0].shape[0], cache[0].shape[1], cache[11].shape[1]
-    if q.dim() != 4 or q.shape[0] != batch or q.shape[1] % heads or q.shape[3] != dim:
+    if q.dim() != 4 or not heads or q.shape[0] != batch or q.shape[1] % heads or q.shape[3] != dim:
         raise ValueError(
             f"expected queries of {batch} rows, a multiple of {heads} heads and head_dim {dim}, as in the cache, "
             f"got {list(q.shape)}"
@@ -138,6 +139,7 @@ def _check_attention(q, new, cache, sink_logits) -> tuple[int, int]:
     for name, x in zip(("new keys", "new values"), new, strict=False):
         _expect(name, (batch, heads, q.shape[2], dim), x.shape)
     bits = _check_cache(batch, heads, dim, *cache[:8])
+    _expect("length", (), cache[8].shape)
     _expect("start", (batch,), cache[9].shape)
     _check_maps("query", cache[10], cache[11], heads, dim)
     _check_maps("output", cache[12], cache[13], heads, dim)
@@ -177,6 +179,8 @@ def _encode_fake(x, map, shift, bits, role, *, feedback=None, operands=None, imp
 
 def _check_prepare(map, shift, role, feedback) -> None:
     _check_role(role)
+    if shift.dim() != 2:
+        raise ValueError(f"expected {role} shift [heads, head_dim], got {list(shift.shape)}")
     _check_maps(role, map, shift, *shift.shape)
     _check_feedback(feedback, *shift.shape)
 
@@ -200,11 +204,19 @@ def _prepare_fake(map, shift, role, *, feedback=None):
     return map.new_empty(shift.shape[0], size, dtype=torch.int16)
 
 
+def _check_decode(codes, scales, head_dim, role) -> None:
+    _check_role(role)
+    bits_of(codes, head_dim)
+    _expect("scales", (*codes.shape[:-1], TILE), scales.shape)
+
+
 def _dense(codes, scales, head_dim, role):
+    _check_decode(codes, scales, head_dim, role)
     return _by_itself(reference.decode, codes.device, codes, scales, head_dim, role).contiguous()
 
 
 def _dense_fake(codes, scales, head_dim, role):
+    _check_decode(codes, scales, head_dim, role)
     return scales.new_empty(*scales.shape[:-2], scales.shape[-2] * TILE, head_dim, dtype=torch.float32)
 
 

@@ -368,15 +368,17 @@ def _sdpa(
             "expected is_causal=False, got True: where the queries stand among these keys is unknown; keep the "
             "queries' own keys exact in `new` (a cache does), or drop is_causal: every query sees every key"
         )
-    if not several or query.shape[1] % key.shape[1]:  # which is refused there
+    if not several or key.dim() != 4 or query.shape[1] % key.shape[1]:  # the last two are refused there
         return packed_attention(query, key, value, scale)
-    # All queries see the same keys, so they are further heads of their KV head's group: 16, 32, ..., because kernels
+    # All queries see the same keys, so they are further heads of their KV head's group: 8, 16, 32, ..., because kernels
     # are compiled for a number of heads.
-    batch, _, _, dim = query.shape
-    rows = query.reshape(batch, key.shape[1], -1, dim)
-    padded = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[2] % 16))
-    out = packed_attention(padded.reshape(batch, -1, 1, dim), key, value, scale)
-    return out.view_as(padded)[:, :, : rows.shape[2]].reshape_as(query)
+    batch, q_heads, q_len, dim = query.shape
+    heads = key.shape[1]
+    group = q_heads // heads * q_len
+    more = -group % (8 if group <= 8 else 16)
+    rows = torch.nn.functional.pad(query.reshape(batch, heads, group, dim), (0, 0, 0, more))
+    out = packed_attention(rows.reshape(batch, heads * (group + more), 1, dim), key, value, scale)
+    return out.view_as(rows)[:, :, :group].reshape_as(query)
 
 
 _set_state = TurboQuantTensor.__setstate__

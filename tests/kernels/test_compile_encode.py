@@ -42,7 +42,7 @@ MAIN = [
     {"kernel": "packed", "dim": 64, "bits": [4, 2], "arch": 90, "key": True},
     {"kernel": "packed", "dim": 128, "bits": [3, 3], "arch": 80, "key": True},
     {"kernel": "exact", "dim": 128, "bits": [3, 3], "arch": 90, "key": True},
-    {"kernel": "exact", "dim": 128, "bits": [3, 3], "arch": 90, "key": True, "few": True},
+    {"kernel": "exact", "dim": 128, "bits": [3, 3], "arch": 90, "key": True, "small_grid": True},
     {"kernel": "merge", "dim": 256, "bits": [3, 3], "arch": 90, "key": True},
     *(
         {"kernel": "encode", "dim": 128, "bits": [b, b], "arch": 90, "key": b % 2 == 1, "feedback": True}
@@ -143,8 +143,8 @@ def _compile(case: dict):
             "V_OPERAND": getattr(tl, str(v_type).removeprefix("torch.")),
             "PRECISION": extend_attention.product_precision(dtype, dim, SHARED[arch], tf32=True),
         }  # fmt: skip
-        few = case.get("few", False)
-        options = extend_attention.launch_options(dim, 4096, dtype, SHARED[arch], few)[case["kernel"]]
+        small_grid = case.get("small_grid", False)
+        options = extend_attention.launch_options(dim, 4096, dtype, SHARED[arch], small_grid)[case["kernel"]]
         if case["kernel"] == "exact":
             constants["OPERAND"] = getattr(tl, str(exact_type).removeprefix("torch."))
         optional = ("sink_logits",)

@@ -67,7 +67,7 @@ def _compile(case: dict):
         )  # fmt: skip
         constants = {
             "G": group, "D": dim, "K_BITS": k_bits, "V_BITS": v_bits, "HT": config.head_tiles, "TILES": config.tiles,
-            "SOFTCAP": softcap, "SEVERAL": case.get("several", False), "PDL": case["arch"] >= 90,
+            "SOFTCAP": softcap, "FEW": case.get("few", False), "PDL": case["arch"] >= 90,
             "K_ASM": key_asm(k_bits), "K_CONSTRAINTS": constraints(8, k_bits), "V_ASM": value_asm(v_bits),
             "V_CONSTRAINTS": constraints(16, v_bits), "num_warps": 1,
         }  # fmt: skip
@@ -85,7 +85,7 @@ def _compile(case: dict):
             "G": group, "D": dim, "DP": padded, "COLUMNS": merge.columns, "R": merge.queries, "WD": merge.dim_warps,
             "PARTS": merge.parts, "MORE": case["splits"] > merge.parts, "HAS_SINK": True,
             "E_PARTS": min(8, triton.next_power_of_2(case["chunks"])), "E_MORE": case["chunks"] > 8,
-            "SEVERAL": case.get("several", False), "PDL": case["arch"] >= 90, "num_warps": warps, "batch": 1,
+            "FEW": case.get("few", False), "PDL": case["arch"] >= 90, "num_warps": warps, "batch": 1,
         }  # fmt: skip
         signature, attrs = _signature(fn.arg_names, constants, "*i8", _partial(case))
         signature |= {"split_ml": "*i64", "exact_ml": "*i64"}
@@ -99,13 +99,13 @@ def _compile(case: dict):
     elif case["kernel"] == "query":
         from tq_ao.kernels import query
 
-        fn = query.prepare_several_kernel if case.get("several") else query.prepare_kernel
+        fn = query.prepare_few_kernel if case.get("few") else query.prepare_kernel
         constants = {
             "G": group, "D": dim, "DP": padded, "COLUMNS": case.get("columns", 32), "OPERAND": triton.language.bfloat16,
             "SOFTCAP": softcap, "PRECISION": "ieee" if amd else "tf32",
             "PDL": case.get("gluon", False) and case["arch"] >= 90,
         }  # fmt: skip
-        if case.get("several"):
+        if case.get("few"):
             constants["NEW"] = case["new"]
         else:
             constants |= {"EXACT": not case.get("gluon"), "CHUNK": 32 if amd else 64}
@@ -217,11 +217,11 @@ GLUON = {
     "soft-cap": gluon(softcap=True),
     "head_dim 32": gluon(head_dim=32),
     "24 heads": gluon(group=24),
-    **{f"several queries, {n} rows": gluon(group=n, several=True) for n in (8, 16, 48)},
-    "several queries, long rows": gluon(group=48, several=True, work=1000, tiles_each=2),
-    "several queries, head_dim 64": gluon(group=16, several=True, head_dim=64),
-    "several queries, head_dim 256": gluon(group=16, several=True, head_dim=256),
-    "several queries, sm_80": gluon(arch=80, group=16, several=True),
+    **{f"a few queries, {n} rows": gluon(group=n, few=True) for n in (8, 16, 48)},
+    "a few queries, long rows": gluon(group=48, few=True, work=1000, tiles_each=2),
+    "a few queries, head_dim 64": gluon(group=16, few=True, head_dim=64),
+    "a few queries, head_dim 256": gluon(group=16, few=True, head_dim=256),
+    "a few queries, sm_80": gluon(arch=80, group=16, few=True),
     "sm_80": gluon(arch=80),
     "sm_89": gluon(arch=89),
     "sm_100": gluon(arch=100),
@@ -259,10 +259,10 @@ def test_gluon(name: str) -> None:
 
 
 def merge(
-    head_dim: int, rows: int, splits: int, arch: int = 90, chunks: int = 6, partial: str = "", several: bool = False
+    head_dim: int, rows: int, splits: int, arch: int = 90, chunks: int = 6, partial: str = "", few: bool = False
 ) -> dict:
     """`rows` are the queries of all rows and heads; partial: a type of partial outputs other than head_dim's own."""
-    case = {"kernel": "merge", "arch": arch, "head_dim": head_dim, "group": 16 if several else 4, "several": several}
+    case = {"kernel": "merge", "arch": arch, "head_dim": head_dim, "group": 16 if few else 4, "few": few}
     return case | {"rows": rows, "splits": splits, "chunks": chunks, "partial": partial}
 
 
@@ -279,8 +279,8 @@ MERGES = {
     "head_dim 96": merge(96, 512, 12, 80),
     "head_dim 96, very many rows": merge(96, 4096, 6, chunks=3),
     "head_dim 256": merge(256, 256, 15),
-    "several queries": merge(128, 8 * 8 * 16, 24, several=True),
-    "several queries, head_dim 256": merge(256, 8 * 16, 24, several=True),
+    "a few queries": merge(128, 8 * 8 * 16, 24, few=True),
+    "a few queries, head_dim 256": merge(256, 8 * 16, 24, few=True),
     "a wide window": merge(128, 64, 24, chunks=33),
     "a window that is not 16-bit": merge(128, 64, 24, partial="*fp32"),
 }
@@ -303,13 +303,13 @@ OTHERS += [
     for dim in (128, 256)
 ]
 OTHERS += [
-    {"kernel": "query", "arch": arch, "head_dim": dim, "group": g, "gluon": True, "several": True, "new": new}
+    {"kernel": "query", "arch": arch, "head_dim": dim, "group": g, "gluon": True, "few": True, "new": new}
     for arch, dim, g, new in (
         (80, 128, 16, 16),
         (90, 64, 48, 64),
         (90, 128, 16, 16),
         (90, 128, 48, 64),
-        (90, 256, 16, 16),
+        (90, 256, 32, 32),
     )
 ]
 

@@ -47,10 +47,10 @@ def problem(
 
 
 def poison_padding(args: tuple) -> None:
-    """Make padding among the new tokens NaN, as masked rows of earlier layers may be: it is nobody's key."""
-    _, k_new, v_new, *rest = args
+    """Make padding among the new tokens NaN, as masked rows of earlier layers may be: it is nobody's key or query."""
+    rest = args[3:]
     for b, first in enumerate(rest[9].tolist()):
-        for new in (k_new, v_new):
+        for new in args[:3]:
             new[b, :, : max(0, first - int(rest[8]))] = torch.nan
 
 
@@ -161,8 +161,8 @@ def test_strided_vectors(rng: torch.Generator) -> None:
     check(tuple(strided), bits)
 
 
-# What decode_attention.several_queries takes, in bf16 unless said: 200 tokens and 2 heads to a KV head if not said.
-SEVERAL = {
+# What decode_attention.few_queries takes, in bf16 unless said: 200 tokens and 2 heads to a KV head if not said.
+FEW = {
     "two queries": {"q_len": 2, "dim": 128},
     "8 rows exactly": {"q_len": 2, "group": 4, "dim": 128, "heads": 2},
     "9 rows": {"q_len": 3, "group": 3, "dim": 128},
@@ -184,10 +184,10 @@ SEVERAL = {
 }
 
 
-@pytest.mark.parametrize("case", SEVERAL)
-def test_several_queries_on_a_gpu(cuda: torch.device, case: str, rng: torch.Generator) -> None:
+@pytest.mark.parametrize("case", FEW)
+def test_few_queries_on_a_gpu(cuda: torch.device, case: str, rng: torch.Generator) -> None:
     for k_bits, v_bits in ((3, 3), (1, 8), (4, 2), (8, 1)):
-        args, bits = problem(rng, **{"k_bits": k_bits, "v_bits": v_bits, "dtype": torch.bfloat16} | SEVERAL[case])
+        args, bits = problem(rng, **{"k_bits": k_bits, "v_bits": v_bits, "dtype": torch.bfloat16} | FEW[case])
         poison_padding(args)
         check(args, bits, "gluon")
         check(args, bits, "auto")
@@ -213,9 +213,9 @@ def test_what_is_not_a_few_queries_says_so(rng: torch.Generator) -> None:
     with pytest.raises(ValueError, match="not run here: sinks and recent tokens are not 16-bit"):
         extend.extend_attention(*args, *bits, "gluon")
     q, cache = torch.empty(70_000, 1, 2, 64), (torch.empty(1, 1, 4, 64, dtype=torch.float16),) * 4
-    assert "a batch of 70000 is more" in decode.several_obstacle(q, cache, cache)
+    assert "a batch of 70000 is more" in decode.few_obstacle(q, cache, cache)
     strided = (cache[0].mT.contiguous().mT,) * 4
-    assert "not contiguous from its third" in decode.several_obstacle(q[:1], strided, cache)
+    assert "not contiguous from its third" in decode.few_obstacle(q[:1], strided, cache)
     if not torch.cuda.is_available():
         args, bits = problem(rng, dtype=torch.float16)
         with pytest.raises(ValueError, match="it needs an NVIDIA GPU"):
@@ -223,14 +223,14 @@ def test_what_is_not_a_few_queries_says_so(rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize(("group", "q_len", "dim"), [(4, 2, 64), (3, 5, 96), (1, 33, 32), (16, 3, 64)])
-def test_preparation_of_several_queries(group: int, q_len: int, dim: int, rng: torch.Generator) -> None:
+def test_preparation_of_few_queries(group: int, q_len: int, dim: int, rng: torch.Generator) -> None:
     """The first launch by itself: mapped rows, zeros in rows that are none, counters, and attention to new tokens."""
     import triton
 
-    from tq_ao.kernels.query import prepare_several_kernel
+    from tq_ao.kernels.query import prepare_few_kernel
 
     batch, heads, chunks, counters, factor = 2, 2, 2, 5, 0.3
-    per_head, seen, start = decode.padded_rows(group * q_len), 3, torch.tensor([0, 4])
+    per_head, seen, start = decode.padded_group(group * q_len), 3, torch.tensor([0, 4])
     interpreted = triton.knobs.runtime.interpret
 
     def normal(*shape: int) -> torch.Tensor:
@@ -238,7 +238,7 @@ def test_preparation_of_several_queries(group: int, q_len: int, dim: int, rng: t
 
     q = normal(batch, q_len, heads * group, dim).transpose(1, 2)
     k, v = (normal(batch, heads, q_len, dim) for _ in range(2))
-    k[1, :, 0] = v[1, :, 0] = torch.nan  # padding
+    q[1, :, 0] = k[1, :, 0] = v[1, :, 0] = torch.nan  # padding
     map, shift = normal(heads, dim, dim), normal(heads, dim)
     rotated, bias, claims = (
         torch.full((n,), 7.0, device=DEVICE)
@@ -248,7 +248,7 @@ def test_preparation_of_several_queries(group: int, q_len: int, dim: int, rng: t
     part_o, part_ml = (torch.full((batch * heads, chunks + 1, per_head, n), 7.0, device=DEVICE) for n in (dim, 2))
     columns = min(32, dim)
     maps = heads * -(-batch * per_head // 16) * (dim // columns)
-    prepare_several_kernel[(maps + batch * heads * -(-per_head // 16),)](
+    prepare_few_kernel[(maps + batch * heads * -(-per_head // 16),)](
         q, k, v, torch.tensor(seen, device=DEVICE), start.to(DEVICE), map, shift, rotated, bias, claims,
         part_o, part_ml, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], batch, heads, group, q_len, counters,
         chunks, factor, 0.5, 0.0, G=per_head, D=dim, DP=triton.next_power_of_2(dim), COLUMNS=columns,
@@ -256,6 +256,7 @@ def test_preparation_of_several_queries(group: int, q_len: int, dim: int, rng: t
         NEW=max(16, triton.next_power_of_2(q_len)), PRECISION="ieee", PDL=False, num_warps=4,
     )  # fmt: skip
     assert not claims.any()
+    q[1, :, 0] = 0
     rows = q.double().unflatten(1, (heads, group)).flatten(2, 3)  # [B, H, G * q_len, D]
     rotated, bias = rotated.double().view(batch, heads, per_head, dim), bias.double().view(batch, heads, per_head)
     real = group * q_len

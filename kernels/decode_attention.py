@@ -25,7 +25,7 @@ from .combine import combine_kernel
 from .decode_portable import portable_splits_kernel
 from .encode import operand_type
 from .operands import contiguous
-from .query import check_queries, prepare_few_kernel, prepare_kernel
+from .query import prepare_few_kernel, prepare_kernel
 
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 512
@@ -214,12 +214,11 @@ def decode_attention(
         from run to run, unless `torch.use_deterministic_algorithms` is on.
 
     Raises:
-        ValueError: more than one query token, queries of another number of rows or heads, a layout the kernels do not
-            read, or an `impl` that does not run here.
+        ValueError: more than one query token, a layout the kernels do not read, or an `impl` that does not run here.
+            That shapes agree is `tq_ao.ops`' to see to.
     """
     if q.shape[2] != 1:
         raise ValueError(f"expected one query token per row, got {q.shape[2]}; use extend_attention")
-    check_queries(q, k_codes)
     if not q.shape[0]:
         return torch.empty_like(q)
     if impl not in ("auto", "gluon", "triton"):

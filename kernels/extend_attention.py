@@ -25,7 +25,6 @@ from .extend_ends import merge_kernel, rotate_kernel
 from .extend_flash import exact_kernel, packed_kernel
 from .levels import level_unit, levels_asm
 from .operands import contiguous
-from .query import check_queries
 
 
 def operand_types(dtype: torch.dtype, interpreted: bool) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
@@ -95,11 +94,10 @@ def extend_attention(
             "auto": the first that takes them.
 
     Raises:
-        ValueError: queries of another number of rows or heads, strides that a kernel cannot follow, an unknown impl, or
-            impl="gluon" where it does not run.
+        ValueError: strides that a kernel cannot follow, an unknown impl, or impl="gluon" where it does not run.  That
+            shapes agree is `tq_ao.ops`' to see to.
     """
     batch, q_heads, q_len, dim = q.shape
-    check_queries(q, k_codes)
     if not q.numel():
         return torch.empty_like(q)
     if impl not in ("auto", "gluon", "triton"):

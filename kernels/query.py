@@ -19,7 +19,6 @@ Under programmatic dependent launch (PDL) this launch begins while the one befor
 once that has: they wait where they need the queries.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -258,12 +257,3 @@ def prepare_few_kernel(
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, heads, group, q_len, chunks, factor, cap,
             G, D, DP, SOFTCAP, NEW, PRECISION,
         )  # fmt: skip
-
-
-def check_queries(q: torch.Tensor, k_codes: torch.Tensor) -> None:
-    """Raise ValueError unless queries [B, Hq, q_len, D] are for the rows and KV heads of k_codes [B, H, ...]."""
-    if q.shape[0] != k_codes.shape[0] or q.shape[1] % k_codes.shape[1]:
-        raise ValueError(
-            f"expected queries of {k_codes.shape[0]} rows and a multiple of {k_codes.shape[1]} heads, as in the cache, "
-            f"got {tuple(q.shape[:2])}"
-        )

@@ -131,12 +131,19 @@ WRONG = {
     "decode_attention": [
         (0, lambda x: x.expand(-1, -1, 5, -1), "one query token per row, got 5; use extend_attention"),
         (0, lambda x: torch.cat([x, x], -1), "head_dim 64, as in the cache"),
-        (0, lambda x: x[:, :3], "a multiple of 2 heads"),
+        (0, lambda x: x[:, :3], "of 2 rows, a multiple of 2 heads"),
+        (0, lambda x: x[:1], r"of 2 rows, a multiple of 2 heads and head_dim 64, as in the cache, got \[1, 4, 1, 64\]"),
         (4, lambda x: x[:, :, :1], "value scales"),
         (6, lambda x: x[:1], "expected sinks of values"),
         (9, lambda x: x[None], r"length \[\], got \[1\]"),
     ],
     "extend_attention": [
+        (
+            0,
+            lambda x: x[:, :3],
+            r"of 2 rows, a multiple of 2 heads and head_dim 64, as in the cache, got \[2, 3, 40, 64\]",
+        ),
+        (0, lambda x: x[:1], "of 2 rows, a multiple of 2 heads"),
         (1, lambda x: x[:, :, :3], r"new keys \[2, 2, 40, 64\], got \[2, 2, 3, 64\]"),
         (9, lambda x: x[:, :1], "a ring"),
     ],

@@ -80,7 +80,7 @@ def check_token(token: str | None) -> None:
                 "expected an access token that the Hub accepts with --push-to-hub, got one that it refuses; pass a "
                 "valid one with --token, or log in with `hf auth login`"
             ) from error
-    except Exception:  # no network now: publishing comes later
+    except Exception:  # no answer now: publishing asks again, and says what went wrong
         pass
 
 

@@ -89,14 +89,19 @@ def to(args: dict, device: torch.device) -> dict:
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
 
 
-def error(case: Case, args: dict, run: Callable[..., torch.Tensor], impl: str) -> float:
-    """Largest relative error of a row and head against float64."""
+def errors(case: Case, args: dict, run: Callable[..., torch.Tensor], impl: str) -> torch.Tensor:
+    """Relative error against float64 of each row and head."""
     exact = dict(args, q=args["q"].double())
     expected = reference.attention(**exact, dtype=torch.float64)
     out = run(**to(args, DEVICE), k_bits=case.k_bits, v_bits=case.v_bits, impl=impl)
     assert out.dtype == args["q"].dtype and out.shape == args["q"].shape
     difference = (out.cpu().double() - expected).norm(dim=-1)
-    return (difference / expected.norm(dim=-1).clamp_min(1e-6)).max().item()
+    return difference / expected.norm(dim=-1).clamp_min(1e-6)
+
+
+def error(case: Case, args: dict, run: Callable[..., torch.Tensor], impl: str) -> float:
+    """Largest relative error of a row and head against float64."""
+    return errors(case, args, run, impl).max().item()
 
 
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +167,11 @@ def test_gluon_attends_to_a_16_bit_window_itself(name: str, cuda: torch.device, 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 2e3])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256, 288])
 def test_partial_outputs_in_16_bits(head_dim: int, size: float, cuda: torch.device, rng: torch.Generator) -> None:
-    """Large and small values: partial outputs are relative to their mass, and no output rounding hides their error."""
+    """Large and small values: partial outputs are relative to their mass, and no output rounding hides their error.
+
+    Probabilities and partial outputs are rounded to 16 bits, by at most 2 ** -11 each.  Both in full is the limit of a
+    row; of all rows, the root mean square was 1.3e-4 to 3.3e-4 in 375 draws, and the worst row 6.6e-4.
+    """
     from tq_ao.kernels.decode_attention import decode_attention
 
     case = Case(head_dim=head_dim, group=5, lengths=(700, 90), dtype=torch.float16, shifted=False)
@@ -170,7 +179,8 @@ def test_partial_outputs_in_16_bits(head_dim: int, size: float, cuda: torch.devi
     args["q"] = args["q"].float()
     for name in ("v_scales", "v_sinks", "v_recent"):
         args[name] = args[name] * size
-    assert error(case, args, decode_attention, "gluon") < (1e-3 if size < 1 else 5e-4), "16 bits end at 6e-8"
+    relative = errors(case, args, decode_attention, "gluon")
+    assert relative.max() < 2**-10 and relative.square().mean().sqrt() < 4e-4, "16 bits end at 6e-8"
 
 
 @pytest.mark.parametrize("impl", PATHS)

@@ -98,8 +98,8 @@ def own_bytes(row: Row, bits: int) -> int:
     return 2 * row.batch * row.kv_heads * (packed * (row.head_dim * bits // 8 + 2) + exact)
 
 
-def time_calls(calls: Sequence[Callable[[], object]], replays: int = 30) -> dict[str, float]:
-    """Microseconds of one call: median, 10th and 90th percentile over replays of a graph of all calls in turn."""
+def replayed(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
+    """A graph of all calls in turn: each call of the result replays it and returns microseconds of one of them."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -109,17 +109,41 @@ def time_calls(calls: Sequence[Callable[[], object]], replays: int = 30) -> dict
         for _ in range(repeats):
             for call in calls:
                 call()
-    times = []
-    for i in range(replays + 3):
+
+    def replay() -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        if i >= 3:
-            times.append(begin.elapsed_time(end) * 1e3 / (repeats * len(calls)))
-    deciles = statistics.quantiles(times, n=10)
-    return {"us_median": statistics.median(times), "us_p10": deciles[0], "us_p90": deciles[-1]}
+        return begin.elapsed_time(end) * 1e3 / (repeats * len(calls))
+
+    return replay
+
+
+def spread(name: str, values: list[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile."""
+    deciles = statistics.quantiles(values, n=10)
+    return {f"{name}_median": statistics.median(values), f"{name}_p10": deciles[0], f"{name}_p90": deciles[-1]}
+
+
+def time_calls(calls: Sequence[Callable[[], object]], replays: int = 30) -> dict[str, float]:
+    """Microseconds of one call: `spread` over replays of a graph of all calls in turn."""
+    replay = replayed(calls)
+    return spread("us", [replay() for _ in range(replays + 3)][3:])
+
+
+def time_in_turn(
+    ones: Sequence[Callable[[], object]], others: Sequence[Callable[[], object]], rounds: int = 30
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Microseconds of a call of each, replayed in turn, and how many times as long the others take, round by round.
+
+    Timed one after the other, a kernel starts with the clock that whichever ran before it has left.
+    """
+    one, other = replayed(ones), replayed(others)
+    pairs = [(one(), other()) if turn % 2 else (other(), one())[::-1] for turn in range(rounds + 10)]
+    first, second = map(list, zip(*pairs[10:], strict=True))  # ten rounds of warm-up
+    return spread("us", first), spread("us", second), spread("times", [b / a for a, b in pairs[10:]])
 
 
 def copies_beyond_cache(size: int) -> int:
@@ -127,8 +151,16 @@ def copies_beyond_cache(size: int) -> int:
     return max(1, min(16, -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // size)))
 
 
-def time_baselines(row: Row, q_len: int = 1) -> dict[str, tuple[dict[str, float], float]]:
-    """Times of the bf16 kernels that are installed and run on this shape, and their error; wrong ones are left out."""
+class Baseline(NamedTuple):
+    """A bf16 kernel: what `time_calls` says, its relative error, and the calls, which hold their caches."""
+
+    times: dict[str, float]
+    error: float
+    calls: list[bf16_kernels.Call]
+
+
+def time_baselines(row: Row, q_len: int = 1) -> dict[str, Baseline]:
+    """The bf16 kernels that are installed and run on this shape; wrong ones are left out."""
     b, h, d, n = row.batch, row.kv_heads, row.head_dim, row.length
     q = torch.randn(b, h * row.group, q_len, d, device="cuda", dtype=torch.bfloat16)
     copies = range(copies_beyond_cache(own_bytes(row, 16)))
@@ -142,7 +174,7 @@ def time_baselines(row: Row, q_len: int = 1) -> dict[str, tuple[dict[str, float]
         try:
             error = ((calls[0]()[:1].flatten().float() - exact).norm() / exact.norm()).item()
             if error < 0.01:  # rounding to bf16 alone is 0.002
-                measured[name] = time_calls(calls), error
+                measured[name] = Baseline(time_calls(calls), error, calls)
             else:
                 print(f"  {name} is wrong by {error:.1e}: left out", file=sys.stderr)
         except RuntimeError as refused:
@@ -206,10 +238,11 @@ def measure(rows: list[Row], jobs: int, save: Callable[[list[dict]], object]) ->
             f"{row.name}: {row.batch} x {row.length}, Hkv {row.kv_heads}, G {row.group}, D {row.head_dim}", flush=True
         )
         measured = time_baselines(row)
+        best = min(kernel.times["us_median"] for kernel in measured.values())
+        for name, kernel in measured.items():
+            add(row, name, 16, kernel.times, best, kernel.error)
+        del measured, kernel  # and their caches
         torch.cuda.empty_cache()
-        best = min(times["us_median"] for times, _ in measured.values())
-        for name, (times, error) in measured.items():
-            add(row, name, 16, times, best, error)
         for bits in widths:
             inputs = [packed_inputs(row, bits, seed) for seed in range(copies_beyond_cache(own_bytes(row, bits)))]
             impls = ["gluon", "triton"] if bits == 3 else ["gluon"]
@@ -305,6 +338,7 @@ def plot(args: argparse.Namespace) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "tq_ao"  # the same figures, the same file
     from matplotlib import pyplot
 
     size = (1 + 5 * len(args.files), 4)
@@ -324,7 +358,7 @@ def plot(args: argparse.Namespace) -> None:
     panels[0][0].set_ylabel("decode attention, times the best bf16 kernel")
     panels[0][0].legend()
     figure.tight_layout()
-    figure.savefig(args.output)
+    figure.savefig(args.output, metadata={"Date": None} if args.output.suffix == ".svg" else None)
     print(f"wrote {args.output}")
 
 

@@ -27,10 +27,9 @@ def calls(q: torch.Tensor, caches: list[torch.Tensor]) -> dict[str, list[Call]]:
     found: dict[str, list[Call]] = {}
     for name, backend in backends.items():
         found[f"sdpa {name} bf16"] = [partial(_sdpa, backend, q, *kv) for kv in caches]
-    others = [("flash-attention 3 bf16", "fa3_fwd_interface", _flash_attention_3)]
-    if q.shape[2] == 1:
-        others.append(("flashinfer bf16", "flashinfer", _flashinfer))
-    for name, package, make in others:
+    others = {"flash-attention 3 bf16": ("fa3_fwd_interface", _flash_attention_3)}
+    others["flashinfer bf16"] = ("flashinfer", _flashinfer)
+    for name, (package, make) in others.items():
         try:
             found[name] = [make(importlib.import_module(package), q, kv) for kv in caches]
         except ImportError as missing:
@@ -55,17 +54,25 @@ def _flash_attention_3(package, q: torch.Tensor, kv: torch.Tensor) -> Call:  # t
 
 
 def _flashinfer(package, q: torch.Tensor, kv: torch.Tensor) -> Call:  # type: ignore[no-untyped-def]
-    """Its batch decode over pages in order, on tensor cores."""
+    """Its batch decode over pages in order, on tensor cores; of several queries its prefill, by the same kernel."""
     _, batch, heads, tokens, dim = kv.shape
     pages = kv.unflatten(3, (-1, PAGE)).permute(1, 3, 0, 2, 4, 5).flatten(0, 1).contiguous()  # [pages, 2, H, PAGE, D]
-    each = tokens // PAGE
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=q.device)
-    wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
-    first = torch.arange(0, batch * each + 1, each, dtype=torch.int32, device=q.device)
-    index = torch.arange(batch * each, dtype=torch.int32, device=q.device)
+
+    def starts(each: int) -> torch.Tensor:
+        return torch.arange(0, batch * each + 1, each, dtype=torch.int32, device=q.device)
+
+    index = torch.arange(len(pages), dtype=torch.int32, device=q.device)
     last = torch.full((batch,), PAGE, dtype=torch.int32, device=q.device)
-    wrapper.plan(
-        first, index, last, q.shape[1], heads, dim, PAGE,
-        q_data_type=q.dtype, kv_data_type=kv.dtype,
-    )  # fmt: skip
-    return partial(wrapper.run, q[:, :, 0].contiguous(), pages)
+    tables = (starts(tokens // PAGE), index, last)
+    of_heads, dtypes = (q.shape[1], heads, dim, PAGE), {"q_data_type": q.dtype, "kv_data_type": kv.dtype}
+    if q.shape[2] == 1:
+        wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
+        wrapper.plan(*tables, *of_heads, **dtypes)
+        return partial(wrapper.run, q[:, :, 0].contiguous(), pages)
+    wrapper = package.BatchPrefillWithPagedKVCacheWrapper(
+        workspace, "HND", backend="fa2"
+    )  # its fa3 does not split rows
+    wrapper.plan(starts(q.shape[2]), *tables, *of_heads, causal=True, **dtypes)
+    rows = q.transpose(1, 2).flatten(0, 1)
+    return lambda: wrapper.run(rows, pages).unflatten(0, (batch, -1)).transpose(1, 2)

@@ -35,6 +35,27 @@ class PagedDecode:
         return torch.stack(out)
 
 
+class PagedPrefill(PagedDecode):
+    """Its BatchPrefillWithPagedKVCacheWrapper, of equally many queries to a row."""
+
+    def __init__(self, workspace, layout, backend):
+        assert layout == "HND" and backend == "fa2"
+
+    def plan(self, q_indptr, *others, causal, **dtypes):
+        super().plan(*others, **dtypes)
+        assert q_indptr.dtype == torch.int32 and causal
+        self.rows = q_indptr.tolist()
+
+    def run(self, q, pages):
+        assert pages.is_contiguous() and len(q) == self.rows[-1]
+        out = []
+        for b, (first, end) in enumerate(zip(self.indptr, self.indptr[1:], strict=False)):
+            k, v = pages[self.indices[first:end]].permute(1, 2, 0, 3, 4).flatten(2, 3)
+            one = q[self.rows[b] : self.rows[b + 1]].transpose(0, 1)
+            out.append(F.scaled_dot_product_attention(one, k, v, seen(one[None], k[None]), enable_gqa=True))
+        return torch.cat(out, 1).transpose(0, 1)
+
+
 def flash_attn_with_kvcache(q, k, v, cache_seqlens, causal):
     assert cache_seqlens.tolist() == [k.shape[1]] * q.shape[0] and causal
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -48,7 +69,9 @@ def seen(q, k):
 @pytest.fixture
 def packages(monkeypatch):
     found = {
-        "flashinfer": SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=PagedDecode),
+        "flashinfer": SimpleNamespace(
+            BatchDecodeWithPagedKVCacheWrapper=PagedDecode, BatchPrefillWithPagedKVCacheWrapper=PagedPrefill
+        ),
         "fa3_fwd_interface": SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache),
     }
     for name, package in found.items():
@@ -74,11 +97,11 @@ def test_every_kernel_computes_the_same_attention(packages, rng):
 def test_several_queries_are_causal(packages, rng):
     q, caches = inputs(rng, 5)
     found = bf16_kernels.calls(q, caches)
-    assert "flashinfer bf16" not in found  # its decode takes one query
     k, v = caches[0].float()
-    want = F.scaled_dot_product_attention(q.float(), k, v, seen(q, k), enable_gqa=True).flatten()
-    got = found["flash-attention 3 bf16"][0]().float().flatten()
-    assert ((got - want).norm() / want.norm()).item() < 0.01
+    want = F.scaled_dot_product_attention(q.float(), k, v, seen(q, k), enable_gqa=True)
+    for name in ("flashinfer bf16", "flash-attention 3 bf16"):
+        got = found[name][0]().float()
+        assert got.shape == want.shape and ((got - want).norm() / want.norm()).item() < 0.01, name
 
 
 def test_a_package_that_is_missing_or_refuses_is_left_out_by_name(packages, rng, monkeypatch, capsys):

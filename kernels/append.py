@@ -151,15 +151,13 @@ def append_(
     and made by those where they are None.  impl: "triton", or "auto", which leaves what it can to Gluon.
 
     Raises:
-        ValueError: a ring shorter than window + 64, tokens of another dtype, strides that a kernel cannot follow, or
-            operands of other maps, by their shape or type.
+        ValueError: tokens of another dtype, strides that a kernel cannot follow, or operands of other maps, by their
+            shape or type.  That shapes agree, and a ring has room for window + 64 tokens, is `tq_ao.ops`' to see to.
     """
     batch, heads, q, dim = k.shape
     capacity, sinks = k_recent.shape[2], k_sinks.shape[2]
     if not k.numel():
         return
-    if capacity < window + 2 * TILE:
-        raise ValueError(f"expected a ring of at least window + 64 = {window + 64} slots, got {capacity}; enlarge it")
     if k_sinks.stride() != v_sinks.stride() or k_recent.stride() != v_recent.stride():
         raise ValueError("expected sinks (and rings) of keys and values to have equal strides; allocate them alike")
     if any(t.stride(-1) != 1 for t in (k_sinks, k_recent)):

@@ -188,6 +188,8 @@ def main() -> None:
     parser.add_argument("--commit", help="recorded in the JSON; default: git rev-parse HEAD")
     args = parser.parse_args()
     rows = [tuple(map(int, row.split("x"))) for row in args.rows]
+    if not GPU and args.hidden >= 4096:
+        parser.error("Llama-3-8B's shape needs a CUDA device, and none is available here; give --layers and --hidden")
     if GPU:
         with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
             list(pool.map(warm, *zip(*[(*row, bits, args.replays) for bits in args.bits for row in rows], strict=True)))

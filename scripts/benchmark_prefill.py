@@ -11,6 +11,7 @@ was timed alone.  What stands beside ours is replayed in turn with it, and the r
 
 import argparse
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -127,6 +128,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/prefill_<device>.json")
     parser.add_argument("--commit", help="recorded in the JSON; default: git rev-parse HEAD")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmark_prefill.py needs a CUDA device, and none is available here")
     copy = copy_bandwidth()
     result = {"device": torch.cuda.get_device_name(0), "versions": versions(), "commit": args.commit or commit()}
     result |= {"copy_gb_s": round(copy, 1), "encode": [], "extend": [], "verify": []}

@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation.configuration_utils import CompileConfig
 
 from tq_ao import LayerMaps, TurboQuantCache, TurboQuantConfig, TurboQuantTensor, ops, quantize_kv_, reference
+from tq_ao.cache import GENERATE_CACHE, longest_text
 from tq_ao.cache_layer import TurboQuantLayer
 from tq_ao.config import LayerScheme
 from tq_ao.rotation import MapSource
@@ -617,6 +618,30 @@ def test_the_first_call_of_a_model_compiles_as_one_full_graph(rng):
     assert_same_text(ours, 0, plain.generate(ids, **options), 0, within=1e-2)
 
 
+def test_lengths_share_full_graphs(rng):
+    """A second length, of another prompt or of a chat that went on, makes symbols of sizes: two graphs, of prompt and
+    step, then two of symbols, which serve what comes after."""
+    model = quantize_kv_(tiny.model(), THREE)
+    plain = copy.deepcopy(model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    given, ids, graphs = [{}, {}], prompt(rng, 2, 70), []
+    for new in (8, 70, 9, 200):
+        options = {"max_new_tokens": new, "attention_mask": torch.ones_like(ids), "do_sample": False, **FULL}
+        both = [
+            one.generate(ids, **options, **(cache or {"cache_implementation": "static"}))
+            for one, cache in zip((model, plain), given, strict=True)
+        ]
+        for i in range(2):
+            assert_same_text(both[0], i, both[1], i, within=1e-2)
+        # A chat that goes on, then prompts of their own.
+        given = [{GENERATE_CACHE: out[tiny.CACHE]} if new == 8 else {} for out in both]
+        ids = torch.cat([both[0].sequences, prompt(rng, 2, 30)], 1) if new == 8 else prompt(rng, 2, 100 + new)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[-2] <= 5 and not torch._dynamo.utils.counters["graph_break"], graphs
+
+
 def test_static_cache_is_reused_between_generate_calls_unless_kept(rng):
     model, ids = tiny.model(), prompt(rng)
     quantize_kv_(model, THREE)
@@ -715,3 +740,98 @@ def test_a_gain_in_the_read_out_is_not_applied_twice_after_a_deep_crop(fed, rng)
             assert (old[:, :, :tiles] != new[:, :, :tiles]).float().mean() < 0.02
         else:
             torch.testing.assert_close(new[:, :, :tiles], old[:, :, :tiles], rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
+def test_padding_is_learned_from_a_mask_of_any_dtype_by_name_or_position(dtype, by_position, rng):
+    model, ids = tiny.model(), prompt(rng, 2, 20)
+    quantize_kv_(model, THREE)
+    cache, mask = model.turboquant.make_cache(), torch.ones(2, 20, dtype=dtype)
+    mask[1, :5] = 0
+    with torch.no_grad():
+        if by_position:
+            model.model(ids, mask, **{tiny.CACHE: cache})
+        else:
+            model.model(ids, attention_mask=mask, **{tiny.CACHE: cache})
+    assert cache.layers[0].start.tolist() == [0, 5]
+
+
+def test_what_padding_attends_to_in_a_continued_cache_does_not_matter(rng):
+    """Some masks show padding itself: a softmax over nothing would be NaN."""
+    model, ids = tiny.model(), prompt(rng, 2, 30)
+    quantize_kv_(model, THREE)
+    cache, start, key = model.turboquant.make_cache(), torch.tensor([0, 15])[:, None, None, None], torch.arange(30)
+    causal = (key >= start) & (key <= key[:, None])
+    itself = (key < start) & (key == key[:, None])
+    with torch.no_grad():
+        model(ids[:, :10], attention_mask=causal[:, :, :10, :10], **{tiny.CACHE: cache})
+        model(ids[:, 10:], attention_mask=(causal | itself)[:, :, 10:], **{tiny.CACHE: cache})
+    assert cache.layers[0].start.tolist() == [0, 15] and cache.get_seq_length() == 30
+
+
+def test_a_reset_forgets_a_mask_that_the_next_call_would_have_refused(rng):
+    model, ids = tiny.model(), prompt(rng, 1, 20)
+    quantize_kv_(model, THREE)
+    cache, mask = model.turboquant.make_cache(), torch.ones_like(ids)
+    mask[0, 15:] = 0
+    with torch.no_grad():
+        model(ids, attention_mask=mask, **{tiny.CACHE: cache})
+        cache.reset()
+        model(ids, attention_mask=torch.ones_like(ids), **{tiny.CACHE: cache})
+    assert cache.get_seq_length() == 20
+
+
+def test_room_is_never_taken_back(rng):
+    model = tiny.model()
+    quantize_kv_(model, THREE)
+    cache = model.turboquant.make_cache(128)
+    teacher_forced(model, prompt(rng, 1, 20), cache, [20])
+    cache.make_room(500)
+    room = cache.get_max_length()
+    cache.make_room(200)
+    assert cache.get_max_length() == room >= 500 and int(cache.get_seq_length()) == 20
+
+
+@pytest.mark.parametrize(
+    ("rope", "tokens"),
+    [
+        ({"rope_type": "default"}, 4096),
+        ({"rope_type": "linear", "factor": 2.0}, 8192),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}, 4096),  # stated stretched
+    ],
+)
+def test_the_longest_text_is_what_positions_are_stretched_to(rope, tokens):
+    config = tiny.config("llama", max_position_embeddings=4096, rope_parameters={"rope_theta": 1e4, **rope})
+    assert longest_text(config) == tokens
+
+
+@pytest.mark.parametrize("max_len", [None, 256])
+@pytest.mark.parametrize("tokens", [20, 60])
+def test_a_cache_that_is_taken_back_whole_is_a_new_one(tokens, max_len, rng):
+    """Its padding is forgotten, too."""
+    model, ids = quantize_kv_(tiny.model(), THREE), prompt(rng, 2, tokens)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    with torch.no_grad():
+        cache = model.turboquant.make_cache(max_len)
+        model(ids, attention_mask=mask, **{tiny.CACHE: cache})
+        cache.crop(-tokens)
+        assert int(cache.get_seq_length()) == 0 and cache.layers[0].start.tolist() == [0, 0]
+        again = model(ids, **{tiny.CACHE: cache}).logits
+        torch.testing.assert_close(again, model(ids, use_cache=False).logits, rtol=0, atol=1e-4)
+
+
+def test_a_mask_of_one_row_holds_for_all(rng):
+    model, ids = quantize_kv_(tiny.model(), EIGHT), prompt(rng, 2, 60)
+    mask = torch.ones(60, 60, dtype=torch.bool).tril()[None, None]
+    mask[..., :7] = False
+    logits, cache = [], model.turboquant.make_cache()
+    with torch.no_grad():
+        for first, last in ((0, 40), (40, 60)):
+            part = mask[:, :, first:last, :last]
+            logits.append(model(ids[:, first:last], attention_mask=part, **{tiny.CACHE: cache}).logits)
+        assert cache.layers[0].start.tolist() == [7, 7]
+        exact = model(ids, attention_mask=mask.expand(2, -1, -1, -1), use_cache=False).logits
+    assert relative(torch.cat(logits, 1)[:, 7:], exact[:, 7:]) < 0.02

@@ -18,6 +18,15 @@ def test_scheme_round_trip_through_json():
     assert again == config and again.to_scheme() == config.to_scheme()
 
 
+def test_widths_of_keys_and_values_are_spelled_out_before_they_are_written():
+    config = TurboQuantConfig(k_bits=4, v_bits=2)
+    for given in (config, TurboQuantConfig(v_bits=2)):
+        with pytest.raises(ValueError, match=r"every layer spelled out, got k_bits .* call resolve\(\)"):
+            given.to_scheme()
+    again = TurboQuantConfig.from_scheme(config.resolve([0], 1, 64).to_scheme())
+    assert again.layer(0) == LayerScheme(4, 2)
+
+
 def test_resolve_spells_every_layer_out():
     config = TurboQuantConfig(k_bits=4, v_bits=2, layers={1: LayerScheme(3, 3)}).resolve([0, 1, 5], 6, 64)
     assert config.layers == {0: LayerScheme(4, 2), 1: LayerScheme(3, 3), 5: LayerScheme(4, 2)}

@@ -173,4 +173,4 @@ def test_a_static_cache_run_past_its_end_stops_the_program(cuda, step):
         [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
     assert done.stdout.splitlines() == ["fits"], done.stderr
-    assert "max_cache_len=256 tokens, got more" in done.stdout + done.stderr
+    assert "max_cache_len tokens, got more" in done.stdout + done.stderr

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import layer_state
 import pytest
 import tiny
 import torch
@@ -27,7 +28,7 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
-from tq_ao import LayerMaps, TurboQuantCache, TurboQuantConfig, hf, quantize_kv_
+from tq_ao import LayerMaps, TurboQuantCache, TurboQuantConfig, TurboQuantKVCacheConfig, hf, quantize_kv_
 from tq_ao.cache import CACHE_NAMES, quantizable_layers
 from tq_ao.config import TRANSFORMS_FILE, LayerScheme
 from tq_ao.rotation import rotations
@@ -513,6 +514,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
 assert isinstance(model.config.quantization_config, dict)
 from tq_ao import TurboQuantConfig, quantize_kv_
+assert quantize_kv_(model).turboquant.quantization.layers[0].k_bits == 2  # the checkpoint's own
 quantize_kv_(model, TurboQuantConfig(bits=1, window=32, sinks=3))
 ids = torch.tensor({ids.tolist()})
 out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
@@ -523,6 +525,40 @@ print(out.tolist() == {want.tolist()})
     assert done.stdout.split() == ["True"], done.stderr
     scheme = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
     assert scheme["num_bits"] == 1
+
+
+def test_quantising_a_converted_model_keeps_its_schedule_and_maps(rng, monkeypatch):
+    model, said = tiny.model(), []
+    monkeypatch.setattr(hf.logger, "warning", lambda text, *_: said.append(text))
+    maps = {i: layer_state.maps(2, 32, rng) for i in range(3)}
+    hf.attach(model, TurboQuantConfig(bits=2, **SMALL), maps)
+    before = model.turboquant
+    assert quantize_kv_(model).turboquant is before and not said
+    quantize_kv_(model, TurboQuantConfig(bits=4, **SMALL))
+    assert model.turboquant.maps.calibrated == {} and len(said) == 1 and "calibrated maps are replaced" in said[0]
+
+
+def test_both_configs_are_taken_and_nothing_else(rng):
+    model = tiny.model()
+    quantize_kv_(model, TurboQuantKVCacheConfig(k_bits=4, v_bits=2))
+    assert model.turboquant.quantization.layers[0] == LayerScheme(4, 2)
+    for config, name in ((3, "int"), ({"bits": 3}, "dict")):
+        with pytest.raises(ValueError, match=rf"expected a TurboQuantConfig, got {name}; write quantize_kv_\(model,"):
+            quantize_kv_(tiny.model(), config)
+    with pytest.raises(ValueError, match="expected a transformers model, got str"):
+        quantize_kv_("a-folder", TurboQuantConfig())
+    with pytest.raises(ValueError, match="window of fewer than the 4096 tokens that this model reads, got 4096"):
+        quantize_kv_(tiny.model(), TurboQuantConfig(window=4096))
+
+
+@pytest.mark.parametrize(("asked", "warned"), [("eager", True), ("sdpa", False), (None, False)])
+def test_an_attention_that_was_asked_for_gives_way_aloud(asked, warned, monkeypatch):
+    said = []
+    monkeypatch.setattr(hf.logger, "warning", lambda text, *args: said.append(text % args))
+    model = AutoModelForCausalLM.from_config(tiny.config("llama"), attn_implementation=asked)
+    quantize_kv_(quantize_kv_(model, TurboQuantConfig(**SMALL)), TurboQuantConfig(**SMALL))
+    assert said == ["attn_implementation='eager' gives way to the attention that reads packed keys and values; prompts "
+                    "use SDPA"] * warned  # fmt: skip
 
 
 def test_weights_on_the_meta_device_have_no_bias_to_look_at():
@@ -546,12 +582,12 @@ def test_a_large_key_bias_is_warned_of_unless_maps_subtract_it(rng, monkeypatch)
         model.model.layers[1].self_attn.k_proj.bias.zero_()[0] = 30.0
     quantize_kv_(model, TurboQuantConfig(**SMALL))
     hf.attach(model, TurboQuantConfig(**SMALL), {1: random_maps(rng)})
-    quantize_kv_(model, TurboQuantConfig(layers={1: LayerScheme(16, 16)}, **SMALL))
+    hf.attach(model, TurboQuantConfig(layers={1: LayerScheme(16, 16)}, **SMALL))
     assert not said
     with torch.no_grad():
         model.model.layers[1].self_attn.k_proj.bias[0] = 3000.0
     hf.attach(model, TurboQuantConfig(**SMALL), {1: random_maps(rng)})
-    quantize_kv_(model, TurboQuantConfig(layers={1: LayerScheme(16, 16)}, **SMALL))
+    hf.attach(model, TurboQuantConfig(layers={1: LayerScheme(16, 16)}, **SMALL))
     assert not said
     quantize_kv_(model, TurboQuantConfig(**SMALL))
     assert len(said) == 1 and "(layer 1)" in said[0] and "Convert the model" in said[0]
@@ -695,3 +731,33 @@ def test_torchao_weights_and_a_packed_cache_in_one_checkpoint(tmp_path, rng):
 def test_a_schedule_with_transforms_needs_its_maps():
     with pytest.raises(ValueError, match="no maps came with it"):
         hf.attach(tiny.model(), TurboQuantConfig(transforms=TRANSFORMS_FILE))
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [{}, {}],
+        [{}, {"rows": 2}, {}],
+        [{}, {"num_return_sequences": 3}, {}],
+    ],
+    ids=["prompts", "rows", "sequences"],
+)
+def test_a_static_cache_of_an_earlier_call_changes_nothing(calls, rng, seed):
+    model = quantize_kv_(tiny.model(), TurboQuantConfig(**SMALL))
+    for changes in calls:
+        options = {"max_new_tokens": 8, "do_sample": True, "cache_implementation": "static", **changes}
+        ids = torch.randint(2, 97, (options.pop("rows", 1), 40), generator=rng)
+        runs = []
+        for one in (model, copy.deepcopy(model)):  # a copy goes without the last cache
+            torch.manual_seed(seed)
+            runs.append(one.generate(ids, attention_mask=torch.ones_like(ids), **options))
+        assert torch.equal(*runs)
+
+
+def test_generate_without_a_cache_makes_none(rng):
+    model, ids = tiny.model(), ids_for(rng, 20)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False, "use_cache": False}
+    want = model.generate(ids, **options)
+    quantize_kv_(model, TurboQuantConfig(bits=1, window=0, sinks=0))
+    found = model.generate(ids, **options, return_dict_in_generate=True)
+    assert found.get(tiny.CACHE) is None and torch.equal(found.sequences, want)

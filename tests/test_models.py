@@ -48,13 +48,18 @@ def test_aliases_are_lower_case_hub_ids():
     assert ALIASES["tinyllama-1.1b-chat"][0] == "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 
 
-def test_local_folder_says_what_its_card_says(folder):
+def test_local_folder_says_what_its_card_says(folder, caplog):
     model = resolve(str(folder))
     assert (model.path_or_id, model.name, model.is_local) == (str(folder), "my-model", True)
     assert (model.base_model, model.license) == (None, None)
     (folder / "README.md").write_text("---\nbase_model: [org/base]\nlicense: mit\n---\ntext\n")
     model = resolve(str(folder))
     assert (model.base_model, model.license) == ("org/base", "mit")
+    for damaged in ("---\n- a list\n---\n", "---\nlicense: [mit\n---\n"):
+        (folder / "README.md").write_text(damaged)
+        assert (resolve(str(folder)).base_model, resolve(str(folder)).license) == (None, None)
+        assert f"{folder / 'README.md'}: its front matter is left out" in caplog.text
+        caplog.clear()
 
 
 def test_local_folder_comes_before_an_alias(folder, monkeypatch):

@@ -125,6 +125,7 @@ WRONG = {
         (8, lambda x: x[:1], r"new keys \[2, 2, 40, 64\], got \[1, 2"),
         (9, lambda x: x[:, :, :30], r"new values \[2, 2, 40, 64\], got \[2, 2, 30"),
         (2, lambda x: x[:, :, :1], "tiles of value codes"),
+        (16, lambda window: window + 1, r"a ring of at least window \+ 64 = 97 slots, got 96"),
         (11, lambda x: x[:1], "start"),
         (14, lambda x: x[:, :8], "value map"),
     ],
@@ -136,6 +137,7 @@ WRONG = {
         (4, lambda x: x[:, :, :1], "value scales"),
         (6, lambda x: x[:1], "expected sinks of values"),
         (9, lambda x: x[None], r"length \[\], got \[1\]"),
+        (10, lambda x: x[:1], r"start \[2\], got \[1\]"),
     ],
     "extend_attention": [
         (
@@ -146,6 +148,7 @@ WRONG = {
         (0, lambda x: x[:1], "of 2 rows, a multiple of 2 heads"),
         (1, lambda x: x[:, :, :3], r"new keys \[2, 2, 40, 64\], got \[2, 2, 3, 64\]"),
         (9, lambda x: x[:, :1], "a ring"),
+        (12, lambda x: x[:1], r"start \[2\], got \[1\]"),
     ],
 }
 

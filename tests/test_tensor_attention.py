@@ -169,6 +169,7 @@ SDPA_ERRORS: list[tuple[Case, str]] = [
     (lambda q, k, v: F.scaled_dot_product_attention(q.half(), k, v), "expected query in the keys' dtype torch.float32"),
     (lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]), r"use unsqueeze\(0\)"),
     (lambda q, k, v: F.scaled_dot_product_attention(q, k, v[:, :, :64]), "expected key and value of one layer"),
+    (lambda q, k, v: packed_attention(q, k, v.replace(window=32), 1.0), "expected key and value of one layer"),
     (lambda q, k, v: packed_attention(q.repeat(1, 1, 2, 1), k, v, 1.0), "expected 1 queries, got 2"),
     (lambda q, k, v: packed_attention(q, k, v, 1.0, impl="fast"), f"expected impl in .*{IMPLS[-1]}.* got 'fast'"),
     (lambda q, k, v: packed_attention(q, k, v, 1.0, impl="triton"), "impl='triton' does not run on cpu; use one of"),

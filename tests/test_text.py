@@ -136,5 +136,6 @@ def test_too_little_text_says_how_much_there_is(smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     with pytest.raises(TextError, match="text for 3 windows of 64 tokens, got .* enough for [01]:"):
         windows(tokenizer, ["only a few words"] * 5, length=64, count=3)
-    with pytest.raises(ValueError, match="length >= 2"):
-        windows(tokenizer, ["x"], length=1, count=1)
+    for length, count in ((1, 1), (64, 0)):
+        with pytest.raises(TextError, match=f"windows >= 1, of 2 tokens or more, got {count} of {length}"):
+            windows(tokenizer, ["x"], length=length, count=count)

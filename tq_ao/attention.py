@@ -159,7 +159,8 @@ def check_supported(config: PreTrainedConfig) -> None:
         )
     if not quantizable_layers(config):
         why = f"its layers are of type {', '.join(layer_types(config))}"
-        if windows := sliding_windows(config):
+        windows = sliding_windows(config)
+        if windows and len(layer_types(config)) == 1:
             why = (
                 f"its layers see a sliding window of {' or '.join(map(str, windows))} tokens, fewer than the "
                 f"{longest_text(text):g} it reads, and keep their own small cache"

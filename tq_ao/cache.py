@@ -230,12 +230,13 @@ class TurboQuantCache(Cache):
         """The layers that hold packed K and V."""
         return [layer for layer in self.layers if isinstance(layer, TurboQuantLayer)]
 
-    def observe_mask(self, attention_mask: Any, query_length: int) -> None:
+    def observe_mask(self, attention_mask: Any, batch_size: int, query_length: int) -> None:
         """Learn each row's left padding from the model's attention mask, before its keys arrive.
 
         Args:
             attention_mask: what the model was called with: None, [B, kv], bool or additive [B, 1, q, kv], or a
-                dict of those by layer type.
+                dict of those by layer type; one of a single row holds for all.
+            batch_size: rows.
             query_length: new tokens per row.
 
         Raises:
@@ -253,6 +254,8 @@ class TurboQuantCache(Cache):
             attention_mask = attention_mask.get("full_attention", attention_mask.get(SLIDING))
         if attention_mask is None or not layers:
             return
+        if attention_mask.shape[0] == 1:
+            attention_mask = attention_mask.expand(batch_size, *attention_mask.shape[1:])
         if query_length == 1 and not layers[0].is_empty and not padding_only:
             return  # a decode step: nothing new to learn
         seen = layers[0].get_seq_length()
@@ -307,7 +310,8 @@ def _only_padding(faults: torch.Tensor) -> bool:
         raise ValueError(
             "expected left padding, got a mask with padding after a row's first token; set "
             "tokenizer.padding_side='left', or pass attention_mask if the text itself has the pad token: without one, "
-            "generate takes every pad token for padding"
+            "generate takes every pad token for padding. Soft prompts (of PEFT) stand before the padding: give them "
+            "rows of one length"
         )
     if changed:
         raise ValueError(

@@ -186,7 +186,8 @@ class TurboQuantLayer(CacheLayerMixin):
         if held + q > room:
             raise ValueError(f"expected at most max_cache_len={room} tokens, got {q} after {held}; make a longer cache")
         if self.guards_length and not known:
-            full = f"expected at most max_cache_len={room} tokens, got more; make a longer cache"
+            # Without the number: of a second length a compiler makes a symbol, which no string can hold.
+            full = "expected at most max_cache_len tokens, got more; make a longer cache"
             torch._assert_async(self.length <= room - q, full)
 
     def tensors(self) -> tuple[TurboQuantTensor, TurboQuantTensor]:
@@ -291,7 +292,11 @@ class TurboQuantLayer(CacheLayerMixin):
             if length == removed:
                 self.reset()
                 return
+        if self.max_cache_len is None and not self.seen:
+            self.reset()
+            return
         self.length.sub_(removed).clamp_(min=0)
+        self.start.mul_(self.length > 0)  # an empty cache knows of no padding
         # A restored ring is as good as one written up to here: its oldest token is the first that is not packed.
         torch.minimum(self.written, self.length + RING_SLACK, out=self.written)
 

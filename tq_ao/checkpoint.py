@@ -35,8 +35,10 @@ def check_output(output: Path) -> None:
     parent.mkdir(parents=True, exist_ok=True)
     if not os.access(parent, os.W_OK):
         raise PermissionError(f"cannot write to {parent}; give another --output-dir")
-    with tempfile.TemporaryFile(dir=parent):
-        pass
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except FileNotFoundError as error:  # of file systems that hold no files, such as /proc
+        raise PermissionError(f"cannot write to {parent}; give another --output-dir") from error
 
 
 def weight_files(folder: Path) -> list[Path]:

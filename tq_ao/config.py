@@ -148,7 +148,15 @@ class TurboQuantConfig:
         )
 
     def to_scheme(self) -> dict[str, Any]:
-        """JSON form: the `kv_cache_scheme` of a checkpoint's config.json."""
+        """JSON form: the `kv_cache_scheme` of a checkpoint's config.json.
+
+        Raises:
+            ValueError: `k_bits` and `v_bits`, for which it has no place but in `layers`.
+        """
+        if self.k_bits is not None or self.v_bits is not None:
+            raise ValueError(
+                f"expected every layer spelled out, got k_bits {self.k_bits} and v_bits {self.v_bits}; call resolve()"
+            )
         return {
             "format": FORMAT,
             "version": FORMAT_VERSION,

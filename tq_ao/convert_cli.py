@@ -81,7 +81,7 @@ def parse(argv: Sequence[str] | None = None, program: str = PROGRAM) -> argparse
     p.add_argument("--window", type=int, help="newest tokens kept exact; default 128")
     p.add_argument("--sinks", type=int, help="first tokens kept exact; default 4")
     p.add_argument("--calibration", help="calibration and verification text: enwiki or a text file; default enwiki")
-    p.add_argument("--calibration-windows", type=int, help="windows of text to choose on; default 6")
+    p.add_argument("--calibration-windows", type=int, help="windows of text to choose on, 3 or more; default 6")
     p.add_argument("--recall-windows", type=int, help="windows of recall text to choose on besides; default 3")
     p.add_argument("--verification-windows", type=int, help="windows of held-out text to measure on; default 3")
     p.add_argument("--max-seq-length", type=int, help="tokens per window; default 2048")
@@ -141,7 +141,7 @@ def default_output(chosen: recipe.Recipe, target: str | None) -> Path:
     parts += [f"-{name.removeprefix('max_')}{limit:g}" for name, limit in chosen.limits.items()]
     bits = "" if chosen.bits is None else f"{chosen.bits:{'g' if isinstance(chosen.schedule, str) else '.3g'}}"
     label = "".join(parts) or bits
-    return Path(f"{Path(chosen.model).name}-tq{label if target is None else f'-{target}'}")
+    return Path(f"{Path(chosen.model).resolve().name}-tq{label if target is None else f'-{target}'}")
 
 
 def schedule_file(path: str) -> dict[int, tuple[int, int]]:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,6 +21,7 @@ from tq_ao.cache import (
     check_shape,
     find_decoder,
     head_dim,
+    longest_text,
     quantizable_layers,
     static_length,
     takes_cache,
@@ -29,6 +30,9 @@ from tq_ao.config import FORMAT, TRANSFORMS_FILE, TurboQuantConfig
 from tq_ao.quantizer import TurboQuantQuantizationConfig
 from tq_ao.rotation import LayerMaps, MapSource
 from tq_ao.transforms_file import find_transforms, load_transforms, save_transforms
+
+if TYPE_CHECKING:
+    from tq_ao.quantize import TurboQuantKVCacheConfig
 
 # Times the energy of what varies in keys.  Qwen2.5-Coder-1.5B has 7700 and 290 in its first layers, below 3 in others.
 _KEY_BIAS = 10.0
@@ -119,14 +123,10 @@ def attach(
 
     Raises:
         ValueError: no transformers model, but what wraps one; a model whose attention cannot read packed K and V or
-            whose forward takes no cache, a head_dim that is not a multiple of 32, a device without kernels, or a
-            schedule for another shape.
+            whose forward takes no cache, a head_dim that is not a multiple of 32, a device without kernels, a schedule
+            for another shape, or a window that no text of the model outgrows.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"expected a transformers model, got {type(model).__name__}; attach before wrapping it, or pass what it "
-            "wraps: model.get_base_model() of PEFT, model._orig_mod of torch.compile"
-        )
+    _check_model(model)
     check_supported(model.config)
     devices.check(model.device)
     decoder = find_decoder(model)
@@ -135,6 +135,11 @@ def attach(
     config = model.config.get_text_config(decoder=True)
     dim, layers = head_dim(config), quantizable_layers(config)
     check_shape(config, quantization)
+    if quantization.window >= (longest := longest_text(config)):
+        raise ValueError(
+            f"expected a window of fewer than the {longest:g} tokens that this model reads, got {quantization.window}; "
+            "no text would ever leave it, and nothing be packed"
+        )
     if stray := [i for i in quantization.layers if i not in layers]:
         raise ValueError(
             f"the schedule names layers {stray}, which are not full-attention layers of this model; those are {layers}"
@@ -149,8 +154,14 @@ def attach(
         resolved = replace(resolved, transforms=resolved.transforms or TRANSFORMS_FILE)
     attachment = Attachment(model.config, resolved, MapSource(resolved.rotation, resolved.seed, calibrated))
     attention.register()
+    asked = decoder.config._attn_implementation
+    if asked and (asked.startswith(("flash", "flex")) or (asked == "eager" and model._supports_sdpa)):
+        logger.warning(
+            "attn_implementation=%r gives way to the attention that reads packed keys and values; prompts use SDPA",
+            asked,
+        )
     exchange_attention(model, attention.ATTENTION_NAME)
-    attached = hasattr(model, "turboquant")
+    attached = isinstance(getattr(model, "turboquant", None), Attachment)
     model.turboquant = attachment
     existing = getattr(model.config, "quantization_config", None)
     # A dict is what transformers leaves of a method that it did not know: a checkpoint loaded before `import tq_ao`.
@@ -196,29 +207,65 @@ def _key_bias(model: PreTrainedModel, layers: list[int]) -> tuple[float, int] | 
     return largest if largest[0] > _KEY_BIAS else None
 
 
-def quantize_kv_(model: PreTrainedModel, config: TurboQuantConfig | None = None) -> PreTrainedModel:
+def _check_model(model: object) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"expected a transformers model, got {type(model).__name__}; attach before wrapping it, or pass what it "
+            "wraps: model.get_base_model() of PEFT, model._orig_mod of torch.compile, the model of a pipeline"
+        )
+
+
+def quantize_kv_(
+    model: PreTrainedModel, config: "TurboQuantConfig | TurboQuantKVCacheConfig | None" = None
+) -> PreTrainedModel:
     """Give a model a packed KV cache, in place and without a checkpoint.
 
     Args:
         model: a decoder-only transformers model.
-        config: the schedule; None takes what torchao's `quantize_` recorded on its attention modules, else uniform
-            3 bits.
+        config: the schedule; None takes what torchao's `quantize_` recorded on its attention modules, else what the
+            model has already, of a converted checkpoint or an earlier call, else uniform 3 bits.
 
     Raises:
         ValueError: see `attach`; also a config that names a transforms file, which only a checkpoint has.
     """
-    if config is None:
-        from tq_ao.quantize import attach_recorded, has_records
+    _check_model(model)
+    attached = getattr(model, "turboquant", None)
+    if not isinstance(config, TurboQuantConfig):
+        from tq_ao.quantize import TurboQuantKVCacheConfig, attach_recorded, has_records
 
-        if has_records(model):
-            return attach_recorded(model)
-        config = TurboQuantConfig()
+        if config is None:
+            if has_records(model):
+                return attach_recorded(model)
+            if isinstance(attached, Attachment):
+                return model
+            if scheme := _scheme_of(model.config):  # loaded before `import tq_ao`
+                return attach_checkpoint(model, scheme)
+            config = TurboQuantConfig()
+        elif isinstance(config, TurboQuantKVCacheConfig):
+            config = config.to_config()
+        else:
+            raise ValueError(
+                f"expected a TurboQuantConfig, got {type(config).__name__}; write quantize_kv_(model, "
+                "TurboQuantConfig(bits=3))"
+            )
+    if isinstance(attached, Attachment) and attached.maps.calibrated:
+        logger.warning(
+            "this model's calibrated maps are replaced by random rotations; quantize_kv_(model) keeps them, and "
+            "converting it again makes new ones"
+        )
     if config.transforms is not None:
         raise ValueError(
             f"expected transforms=None without a checkpoint, got {config.transforms!r}; "
             "load the converted model with from_pretrained"
         )
     return attach(model, config)
+
+
+def _scheme_of(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The schedule in a checkpoint's config, whether its quantization_config was understood or left a dict."""
+    found = getattr(config, "quantization_config", None)
+    values = found if isinstance(found, dict) else vars(found) if found is not None else {}
+    return values.get("kv_cache_scheme") if values.get("quant_method") in (FORMAT, "torchao") else None
 
 
 def attach_checkpoint(model: PreTrainedModel, scheme: Mapping[str, Any], folder: Path | None = None) -> PreTrainedModel:
@@ -335,7 +382,7 @@ class _BeforeDecoder(_BeforeCall):
             tokens = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
             tokens = args[0] if tokens is None else tokens
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-            cache.observe_mask(mask, tokens.shape[1])
+            cache.observe_mask(mask, *tokens.shape[:2])
             if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
                 logger.warning_once(
                     "output_attentions: attention to a packed cache keeps no weights and returns none; for them, load "

@@ -2,16 +2,21 @@
 
 import difflib
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from tq_ao.embedded import EMBEDDED, materialize
 from tq_ao.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+logger = logging.getLogger(__name__)
 
 # Short name -> (Hub id, license as the Hub writes it).
 ALIASES = {
@@ -162,7 +167,13 @@ def _metadata(readme: Path | None) -> dict[str, Any]:
 
     if readme is None or not readme.is_file():
         return {}
-    return metadata_load(readme) or {}
+    try:
+        return metadata_load(readme) or {}
+    except (yaml.YAMLError, ValueError, UnicodeDecodeError) as error:  # it tells licence and origin only
+        logger.warning(
+            "%s: its front matter is left out, as it cannot be read: %s", readme, " ".join(str(error).split())
+        )
+        return {}
 
 
 def _card(hub_id: str, token: str | None) -> dict[str, Any]:

@@ -105,6 +105,8 @@ def _check_append(
     _check_maps("value", value_map, value_shift, heads, dim)
     _check_feedback(key_feedback, heads, dim)
     _check_feedback(value_feedback, heads, dim)
+    if (slots := k_recent.shape[2]) < window + 2 * TILE:
+        raise ValueError(f"expected a ring of at least window + 64 = {window + 64} slots, got {slots}; enlarge it")
     return _check_cache(batch, heads, dim, k_codes, k_scales, v_codes, v_scales, k_sinks, v_sinks, k_recent, v_recent)
 
 

@@ -78,9 +78,9 @@ def _layer(module: torch.nn.Module) -> int | None:
 @register_quantize_module_handler(TurboQuantKVCacheConfig)
 def _apply(module: torch.nn.Module, config: TurboQuantKVCacheConfig) -> torch.nn.Module:
     if hasattr(module, "_prepare_cache_for_generation"):
-        from tq_ao.hf import attach
+        from tq_ao.hf import quantize_kv_
 
-        return attach(module, config.to_config())
+        return quantize_kv_(module, config)
     if not is_attention(module, ""):
         raise ValueError(
             f"expected a transformers model or one of its attention modules, got {type(module).__name__}; pass "

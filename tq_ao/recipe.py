@@ -42,7 +42,7 @@ class Text:
         if not (_is_count(self.windows, 1) and _is_count(self.length, 256)):
             raise ValueError(
                 f"expected windows >= 1 and length >= 256, got {self.windows!r} and {self.length!r}; "
-                "shorter text never leaves the window"
+                "shorter ones tell too little"
             )
         if not _is_count(self.recall, 0):
             raise ValueError(f"expected recall to be a number of windows, 0 or more, got {self.recall!r}")

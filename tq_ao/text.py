@@ -93,10 +93,10 @@ def windows(tokenizer: "PreTrainedTokenizerBase", articles: list[str], length: i
         int64 [count, length].
 
     Raises:
-        TextError: the articles are too short for `count` windows.
+        TextError: the articles are too short for `count` windows, or no window is asked for.
     """
     if length < 2 or count < 1:
-        raise ValueError(f"expected length >= 2 and count >= 1, got length {length}, count {count}")
+        raise TextError(f"expected windows >= 1, of 2 tokens or more, got {count} of {length}; ask for more or longer")
     bos, stream = beginning(tokenizer), token_stream(tokenizer, articles)
     step = length - len(bos)
     available = len(stream) // step

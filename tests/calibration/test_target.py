@@ -58,6 +58,15 @@ def test_a_target_out_of_reach(limits, says):
         meet(limits, flat, lambda schedule: {"max_kl": 0.5, "max_ppl": 3.0})
 
 
+@pytest.mark.parametrize(("low", "high", "step"), [(1, 2.3, 0.125), (1, 2.3, 0.1), (1, 4, 0.125), (2.5, 2.5, 0.125)])
+def test_the_grid_ends_at_what_it_may_take(low, high, step):
+    def measure(schedule):
+        return {"max_kl": high - schedule[0][0] + 1}
+
+    found = meet({"max_kl": 1.0}, flat, measure, low=low, high=high, step=step)
+    assert found.budget == high and all(low <= budget <= high for budget, _ in found.trials)
+
+
 def test_budgets_in_words():
     words = [amount(1.0, "bits"), amount(1.125, "bits"), amount(4, "bits"), amount(1.0, "MiB")]
     assert words == ["1 bit on average", "1.125 bits on average", "4 bits on average", "1 MiB"]

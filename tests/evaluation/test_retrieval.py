@@ -12,6 +12,7 @@ from tq_ao import hf, reference
 from tq_ao.cache import TurboQuantCache
 from tq_ao.cache_layer import RING_SLACK
 from tq_ao.config import TurboQuantConfig
+from tq_ao.errors import TextError
 from tq_ao.evaluation import retrieval as module
 from tq_ao.evaluation.haystack import Prompt, Question, prompts
 from tq_ao.evaluation.retrieval import (
@@ -27,7 +28,7 @@ from tq_ao.evaluation.retrieval import (
     retrieval,
     summary,
 )
-from tq_ao.evaluation.retrieval_run import contenders
+from tq_ao.evaluation.retrieval_run import contenders, measure
 from tq_ao.text import articles, split_articles, windows
 
 
@@ -181,3 +182,8 @@ def test_a_real_model_finds_the_fact_in_four_bits_and_not_in_one(smollm2, seed):
     assert exact["right"] >= 2 and four["right"] >= 2
     assert one["right"] <= 2  # of 3: in so short a text signs alone are enough for one question in twenty
     assert four["change"] > -1.5 and one["change"] < -4
+
+
+def test_prompts_longer_than_the_model_reads_are_refused(smollm2):
+    with pytest.raises(TextError, match="prompts of at most 8192 tokens, what .* can read, got 9000"):
+        measure(str(smollm2), [1024, 9000], [1, 1])

@@ -99,6 +99,21 @@ def test_rows_of_a_larger_cache_and_nothing_to_append(rng: torch.Generator) -> N
     layer_state.assert_same_tiles(got[:2], want[:2], 64, "key")
 
 
+@pytest.mark.parametrize("q", [20, 150])  # one launch, and several
+@pytest.mark.parametrize("transposed", [False, True])
+def test_values_may_have_other_strides_than_keys(transposed: bool, q: int, rng: torch.Generator) -> None:
+    maps = layer_state.maps(2, 64, rng).to(DEVICE)
+    k, v = (layer_state.tokens(2, 2, q, 64, rng).to(DEVICE) for _ in range(2))
+    v = v.mT.contiguous().mT if transposed else v.contiguous()
+    start = torch.tensor([0, 3], device=DEVICE)
+    got, want = (layer_state.empty_cache(tokens=q, device=DEVICE) for _ in range(2))
+    run_append(append.append_, got, k, v, [q], start, maps, 32, codebook(3), codebook(4))
+    run_append(reference.append_, want, k, v, [q], start, maps, 32)
+    assert all(torch.equal(a, b) for a, b in zip(got[4:], want[4:], strict=True))
+    layer_state.assert_same_tiles(got[:2], want[:2], 64, "key")
+    layer_state.assert_same_tiles(got[2:4], want[2:4], 64, "value")
+
+
 def test_tiles_beyond_the_buffer_are_dropped(rng: torch.Generator) -> None:
     maps = layer_state.maps(1, 64, rng).to(DEVICE)
     k = layer_state.tokens(1, 1, 200, 64, rng).to(DEVICE)
@@ -118,10 +133,14 @@ def test_errors_say_what_to_do(rng: torch.Generator) -> None:
     k = layer_state.tokens(2, 2, 3, 64, rng)
     books = codebook(3), codebook(4)
     place = torch.tensor(0), torch.tensor([0, 0]), maps.key, maps.key_shift, maps.value, maps.value_shift
-    with pytest.raises(ValueError, match="ring of at least window \\+ 64 = 96 slots, got 80"):
-        append.append_(*layer_state.empty_cache(capacity=80), k, k, *place, 32, *books)
     with pytest.raises(ValueError, match="ring's dtype torch.float32, got torch.float16"):
         append.append_(*layer_state.empty_cache(), k.half(), k.half(), *place, 32, *books)
+    with pytest.raises(ValueError, match="ring's dtype torch.float32, got torch.float32 and torch.float16"):
+        append.append_(*layer_state.empty_cache(), k, k.half(), *place, 32, *books)
+    for rings, message in (([7], "equal strides"), ([6, 7], "sinks and rings contiguous along their last dimension")):
+        state = [t.mT.contiguous().mT if i in rings else t for i, t in enumerate(layer_state.empty_cache())]
+        with pytest.raises(ValueError, match=message):
+            append.append_(*state, k, k, *place, 32, *books)
     state = layer_state.empty_cache()
     state[0] = torch.zeros(2, 2, 768, 8, dtype=torch.uint8).mT
     with pytest.raises(ValueError, match="contiguous along their last dimension"):

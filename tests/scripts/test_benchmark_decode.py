@@ -44,6 +44,13 @@ def test_what_it_writes(tmp_path, monkeypatch):
             assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms_median"], rel=0.01)
 
 
+def test_the_whole_shape_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark_decode.py"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "needs a CUDA device, and none is available here; give --layers and --hidden" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_full_cache_gives_what_transformers_own_gives(compiled):
     model = script.build(2, 64, "cpu")

@@ -647,6 +647,8 @@ def test_names_of_outputs():
     args = script.parse(["gemma-2b", "--bits", "2.5"])
     assert script.default_output(script.settings(args), args.target) == Path("gemma-2b-tq2.5")
     assert script.default_output(script.settings(args), "memory-first") == Path("gemma-2b-tq-memory-first")
+    here = script.settings(script.parse(["."]))
+    assert script.default_output(here, None) == Path(f"{Path.cwd().name}-tq3")
 
 
 def test_the_commands_of_the_readme_run_one_after_the_other():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tq_ao import __version__
 from tq_ao.calibration.allocation import Memory, Schedule, Shape, additive_cost, knapsack, offered, smallest
@@ -111,7 +112,7 @@ def calibrate(
     say = report or (lambda message: None)
     recall = windows[:0] if recall is None else recall
     settings = (recall.shape[0], maps, metric, window, sinks, seed, context, widths, KEY_CHOICES, VALUE_CHOICES)
-    log = Journal(journal, _fingerprint(model, torch.cat([windows, recall]), *settings)) if journal else None
+    log = Journal(journal, _fingerprint(model, layers, torch.cat([windows, recall]), *settings)) if journal else None
     shape = Shape({i: tuple(m.key_shift.shape) for i, m in layers.items()})  # type: ignore[misc]
     device = device_of(model)
     plain = {i: m.to(device) for i, m in layers.items()}
@@ -212,11 +213,21 @@ def _budget(bits: float | None, memory: Memory | None) -> float:
     raise ValueError(f"expected a budget of bits or of memory, got {bits} and {memory}; give one of them")
 
 
-def _fingerprint(model: torch.nn.Module, windows: torch.Tensor, *settings: object) -> list[object]:
-    first = next(model.parameters())
+def _fingerprint(
+    model: torch.nn.Module, layers: Mapping[int, LayerMaps], windows: torch.Tensor, *settings: object
+) -> list[object]:
+    """Of the model's weights, the plain maps and the text, by sums; of the rest, as it is written."""
+    weights = [_sum(p) for p in model.parameters()]
     return [
-        __version__, type(model).__name__, sum(p.numel() for p in model.parameters()), str(first.dtype),
-        first.float().sum().item(),
+        __version__, type(model).__name__, sum(p.numel() for p in model.parameters()),
+        str(next(model.parameters()).dtype), weights, [(i, _sum(maps.key)) for i, maps in sorted(layers.items())],
         list(windows.shape), int((windows * torch.arange(1, windows.numel() + 1).view_as(windows)).sum()),
         str(settings),
     ]  # fmt: skip
+
+
+def _sum(x: torch.Tensor) -> float:
+    """Of some 4096 entries, the same ones each time."""
+    plain = x.dequantize() if is_traceable_wrapper_subclass(x) else x  # torchao's weights
+    flat = plain.detach().float().flatten()
+    return flat[:: max(1, flat.numel() // 4096)].double().sum().item()

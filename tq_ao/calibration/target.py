@@ -1,5 +1,6 @@
 """The cheapest schedule that stays within limits of quality: bisection over the budget, measuring each candidate."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -76,13 +77,13 @@ def meet(
         schedule_for: budget -> schedule, e.g. `allocation.knapsack` with its table.
         measure: losses of a schedule by the same names; taken to fall as the budget grows. Where noise makes one rise,
             what is found is within the limits, but fewer bits may be, too.
-        low, high, step: grid of budgets, none above `high`; log2((high - low) / step) measurements.
+        low, high, step: grid of budgets from `low`, and `high`; log2((high - low) / step) measurements.
         unit: of budgets, in words.
 
     Raises:
         ValueError: even `high` misses a limit.
     """
-    budgets = [min(high, low + step * n) for n in range(int((high - low) / step + 1e-9) + 1)]
+    budgets = [low + step * n for n in range(math.ceil((high - low) / step - 1e-9))] + [high]
     seen: dict[int, tuple[Schedule, Mapping[str, float]]] = {}
 
     def values(n: int) -> Mapping[str, float]:

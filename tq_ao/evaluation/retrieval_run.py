@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tq_ao import hf
-from tq_ao.cache import TurboQuantCache
+from tq_ao.cache import TurboQuantCache, longest_text
 from tq_ao.cache_layer import RING_SLACK
 from tq_ao.config import EXACT, TurboQuantConfig
+from tq_ao.errors import TextError
 from tq_ao.evaluation.haystack import prompts
 from tq_ao.evaluation.retrieval import Contender, retrieval
 from tq_ao.evaluation.setup import name_of, provenance
@@ -68,11 +69,19 @@ def measure(
 
     Returns:
         {model, text, versions, commit, device, window, sinks, rows}.
+
+    Raises:
+        TextError: prompts longer than the model reads, or too little text.
     """
     found, origin = resolve(name), provenance()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(found.path_or_id, dtype=dtype).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(found.path_or_id)
+    longest = longest_text(model.config.get_text_config(decoder=True))
+    if max(lengths) > longest:
+        raise TextError(
+            f"expected prompts of at most {longest:g} tokens, what {found.name} can read, got {max(lengths)}"
+        )
     if not hasattr(model, "turboquant"):
         report(f"{found.name} is not converted: asked with uniform schedules only")
         hf.attach(model, TurboQuantConfig())

@@ -1,6 +1,7 @@
 """Tensors in safetensors files: found under the names of a model, and overwritten without touching another byte."""
 
 import json
+import stat
 
 import pytest
 import tiny
@@ -8,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from tq_ao import TurboQuantConfig, hf, quantize_kv_, quantizer
-from tq_ao.checkpoint import find_stored, other_weights, overwrite, read_stored, was_folded, weight_files
+from tq_ao import TurboQuantConfig, checkpoint, hf, quantize_kv_, quantizer
+from tq_ao.checkpoint import find_stored, other_weights, overwrite, read_stored, was_folded, weight_files, write
 from tq_ao.config import TRANSFORMS_FILE
 from tq_ao.errors import ModelError
 from tq_ao.model_card import SIDECAR
@@ -142,3 +143,38 @@ def test_a_schedule_names_every_layer_that_is_packed(kind, tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"to name every full-attention layer, got none for \[1\]; add them"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A folder to convert, with a file that is nobody else's business."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", ".env"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def write_beside(base):
+    output = base.with_name("out")
+    write(output, base, TurboQuantConfig(), maps=None, recipe="", report={}, changed={})
+    return output
+
+
+def test_hidden_files_are_not_copied(base):
+    names = {path.name for path in write_beside(base).iterdir()}
+    assert "tokenizer.json" in names and not any(name.startswith(".") for name in names)
+
+
+def test_a_converted_folder_is_open_to_every_reader(base):
+    assert stat.S_IMODE(write_beside(base).stat().st_mode) == 0o755
+
+
+def test_a_write_that_fails_leaves_nothing_behind(base, monkeypatch):
+    def full(report):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "model_card", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_beside(base)
+    assert list(base.parent.iterdir()) == [base]

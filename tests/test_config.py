@@ -41,6 +41,7 @@ def test_resolve_spells_every_layer_out():
         ({"version": 3}, "version 1..2, got 3; upgrade"),
         ({"layout_version": 9}, "layout_version 1..2, got 9; upgrade"),
         ({"codec": "qjl"}, "codec 'mse', got 'qjl'"),
+        ({"scale_dtype": "bfloat16"}, "scale_dtype 'float16', got 'bfloat16'"),
         ({"extra": 1}, r"unknown keys \['extra'\]"),
         ({"layers": {"0": {"k_bits": 5, "v_bits": 3}}}, "k_bits in"),
         ({"layers": {"0": {"k_bits": 3, "v_bits": 3, "bits": 4}}}, "unexpected keyword argument 'bits'"),
@@ -48,7 +49,7 @@ def test_resolve_spells_every_layer_out():
             ({"layers": {name: {"k_bits": 3, "v_bits": 3}}}, f"numbers such as '0', got '{name}'")
             for name in ("x", "-1", "1.0", "01", "")
         ),
-        ({"version": True}, "version 1..2, got True"),
+        *(({"version": version}, f"version 1..2, got {version}") for version in (True, 0)),
         *(
             ({"transforms": name}, "transforms None or the name of a file")
             for name in ("../x", "a/x", r"a\x", "..", "", 5)
@@ -132,6 +133,12 @@ def test_layers_as_pairs():
     for layers in ({0: 3}, {0: (4, 3, 2)}, {"0": (4, 3)}, {True: (4, 3)}, {0: "43"}, None, [(4, 3)]):
         with pytest.raises(ValueError, match="expected"):
             TurboQuantConfig(layers=layers)
+
+
+@pytest.mark.parametrize("layer", [-1, 2])
+def test_layers_that_the_model_does_not_have(layer):
+    with pytest.raises(ValueError, match=rf"layer indices 0 to 1, got \[{layer}\]"):
+        TurboQuantConfig(layers={layer: (3, 3)}, num_layers=2)
 
 
 def test_uniform_widths():

@@ -11,7 +11,7 @@ from transformers import Lfm2Config
 
 from tq_ao import TurboQuantCache, TurboQuantConfig
 from tq_ao.cache import quantizable_layers
-from tq_ao.calibration.allocation import MIB, offered
+from tq_ao.calibration.allocation import MIB, offered, rounded_up
 from tq_ao.codebook import BITS
 from tq_ao.footprint import count, maps_bytes, memory_budget
 from tq_ao.rotation import LayerMaps, MapSource
@@ -33,9 +33,9 @@ def allocated(cache, heads=2, dim=32):
     return sum(storages.values())
 
 
-def some_maps(rng):
+def some_maps(rng, feedback):
     """As a checkpoint has them: no two tensors are one."""
-    maps = layer_state.maps(2, 32, rng, feedback=draw(rng, [True, False]))
+    maps = layer_state.maps(2, 32, rng, feedback=feedback)
     return LayerMaps(**{name: tensor.clone() for name, tensor in maps.tensors().items()})
 
 
@@ -48,7 +48,7 @@ def test_counted_is_what_is_allocated_and_what_the_budget_says(kind, mib, rng):
     assert memory.packed == (TOKENS - SINKS - WINDOW) // 32 * 32 and bool(memory.beside) == (kind == "gemma3")
     for _ in range(5):
         schedule = {i: draw(rng, offered(BITS, exact=True)) for i in layers}
-        maps = {i: some_maps(rng) for i in layers}
+        maps = {i: some_maps(rng, draw(rng, [True, False])) for i in layers}
         quantization = TurboQuantConfig.from_schedule(schedule, window=WINDOW, sinks=SINKS)
         caches = [TurboQuantCache(config, quantization, MapSource("hadamard", 0, maps), TOKENS) for _ in range(2)]
         parts = count(caches[0], config)
@@ -73,6 +73,14 @@ def test_budgets_that_cannot_be_or_leave_nothing_to_do():
     assert "at least" in says(config, least - 0.03, calibrated=False), "without feedback a little less will do"
     memory_budget(config, least - 0.01, TOKENS, window=WINDOW, sinks=SINKS, calibrated=False)
     assert "a context that packing makes smaller, got 128 tokens" in says(config, 1.0, tokens=128)
+
+
+def test_the_least_memory_holds_feedback_in_every_layer(rng):
+    config, maps = tiny.config("llama"), {i: some_maps(rng, feedback=True) for i in range(3)}
+    narrowest = TurboQuantConfig(bits=BITS[0], window=WINDOW, sinks=SINKS)
+    parts = count(TurboQuantCache(config, narrowest, MapSource("hadamard", 0, maps), TOKENS), config)
+    held = sum(sum(part.values()) for part in parts) / MIB
+    assert f"at least {rounded_up(held)} MiB" in says(config, 0.01)
 
 
 def test_a_size_not_known_beforehand_is_refused():

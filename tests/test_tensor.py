@@ -202,11 +202,11 @@ def test_views_share_storage(layer: PackedLayer, view: Callable[[TurboQuantTenso
         assert all(getattr(v, n).data_ptr() == getattr(t, n).data_ptr() for n in v.__tensor_flatten__()[0])
 
 
-def test_to_dtype_changes_the_logical_dtype_and_exact_tokens(layer: PackedLayer) -> None:
-    t = layer.wrap()[0]
+def test_to_dtype_changes_the_logical_dtype_and_exact_tokens(layer: PackedLayer, rng: torch.Generator) -> None:
+    t = layer.wrap(randn(rng, 2, 2, 3, 64), randn(rng, 2, 2, 3, 64))[0]
     half = t.to(torch.bfloat16)
     assert (half.dtype, half.dequantize().dtype) == (torch.bfloat16, torch.bfloat16)
-    assert half.sinks.dtype == half.recent.dtype == torch.bfloat16
+    assert half.sinks.dtype == half.recent.dtype == half.new.dtype == torch.bfloat16
     assert torch.equal(half.codes, t.codes)
     assert half.encode_map.dtype == torch.float32
     assert half.length.dtype == torch.int64
@@ -296,6 +296,7 @@ def test_slices_are_views(rng: torch.Generator) -> None:
         (lambda t: t[..., :32], r"does not implement slice along dim 3 of .* call .dequantize\(\)"),
         (lambda t: t[:, :, ::2], r"does not implement slice along dim 2 of"),
         (lambda t: t[:, :, 0], r"selects along the batch dimension .* slice of length 1"),
+        (lambda t: t[0][0], r"selects along the batch dimension .* got dim 0 of \(2, 90, 64\)"),
         (lambda t: t.unsqueeze(0), r"unsqueezes \[H, S, D\] at dim 0 only"),
         (lambda t: t[:, :, 5:], r"multiples of 32 \(got 5:90\)"),
         (lambda t: t[:, :, :33], r"multiples of 32 \(got 0:33\)"),

@@ -116,7 +116,7 @@ class TurboQuantConfig:
                 f"of a converted model are in {TRANSFORMS_FILE!r}"
             )
         if self.layers and self.num_layers is not None and not all(0 <= i < self.num_layers for i in self.layers):
-            raise ValueError(f"expected layer indices below {self.num_layers}, got {sorted(self.layers)}")
+            raise ValueError(f"expected layer indices 0 to {self.num_layers - 1}, got {sorted(self.layers)}")
 
     def _uniform(self, side: str) -> int:
         value = getattr(self, side)

@@ -160,3 +160,13 @@ def test_baselines_keep_their_budget():
 def test_articles_rule_gives_most_bits_to_the_most_sensitive():
     schedule = ranked({0: 0.1, 1: 0.9, 2: 0.5, 3: 0.4})
     assert schedule == {0: (2, 2), 1: (4, 4), 2: (3, 3), 3: (3, 3)}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_articles_rule_has_no_quarter_of_fewer_than_four_layers(layers):
+    assert set(ranked({i: float(i) for i in range(layers)}).values()) == {(3, 3)}
+
+
+def test_the_smallest_budget_for_a_total_has_room_for_it():
+    shape = Shape.same(range(7), 7, 32)
+    assert all(shape.room(shape.needed(total)) == total for total in range(3000))

@@ -76,3 +76,11 @@ def test_repair_stops_when_evaluations_are_spent(rng):
     start = knapsack(guess, shape, 2.0)
     fixed = repair(start, lambda s: measure(truth, s), guess, shape, 2.0, evaluations=3, start=measure(truth, start))
     assert len(fixed.trials) == 3
+
+
+def test_repair_swaps_between_the_layers_behind_an_exact_one(rng):
+    truth, guess = setup_costs(rng, layers=3)
+    truth |= {(0, side, 16): 0.0 for side in ("key", "value")}
+    shape, start = Shape.same(range(3)), {0: (16, 16), 1: (2, 2), 2: (2, 2)}
+    fixed = repair(start, lambda s: measure(truth, s), guess, shape, shape.average(start), evaluations=4)
+    assert len(fixed.trials) == 3 and fixed.schedule[0] == (16, 16)

@@ -5,12 +5,13 @@ import math
 import pytest
 import tiny
 import torch
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, GPT2Config, GPTBigCodeConfig, GPTNeoXConfig, OPTConfig, PhiConfig
 
 from tq_ao.calibration.calibrate import calibrate, collect
 from tq_ao.calibration.statistics import LayerStatistics, accumulate, pair_weights
 from tq_ao.evaluation.setup import plain_maps
-from tq_ao.measure.capture import exact, intercept, trace, window_start
+from tq_ao.measure.capture import AttentionCall, exact, intercept, trace, window_start
 
 
 @pytest.fixture
@@ -38,6 +39,14 @@ def test_exact_handler_changes_nothing(kind, ids):
     assert model.config._attn_implementation == before
     if kind == "gemma3":
         assert [s[3] for s in seen] == [24, None, 24, None]
+
+
+@pytest.mark.parametrize("sliding", [1, 9, 10, 11])
+def test_a_sliding_query_sees_as_many_keys_as_it_says(sliding, rng):
+    q, k, v = torch.randn(3, 1, 2, 10, 8, generator=rng)
+    age = torch.arange(10)[:, None] - torch.arange(10)
+    seen = (q @ k.mT).masked_fill((age < 0) | (age >= sliding), -torch.inf)
+    torch.testing.assert_close(exact(AttentionCall(0, q, k, v, 1.0, sliding=sliding)), torch.softmax(seen, -1) @ v)
 
 
 def test_windows_are_spread_over_the_context():
@@ -143,8 +152,20 @@ def test_output_projections_are_found_by_any_of_their_names(kind, ids):
     config, name = OTHERS[kind]
     model = AutoModelForCausalLM.from_config(config).eval()
     (projection,) = (module for path, module in model.named_modules() if path.endswith(f"1.{name}"))
-    w = (projection(torch.eye(128)) - projection(torch.zeros(128))).double()  # [Hq * D, hidden]
     heads = model.config.num_key_value_heads if hasattr(model.config, "num_key_value_heads") else 4
+    check_readout(model, projection, heads, ids)
+
+
+@torch.no_grad()
+def test_a_quantised_output_projection_is_read_as_it_multiplies(ids):
+    model = tiny.model()
+    quantize_(model, Int8WeightOnlyConfig(version=2))
+    check_readout(model, model.model.layers[1].self_attn.o_proj, 2, ids)
+
+
+def check_readout(model, projection, heads, ids):
+    """What is collected of layer 1, against what its projection makes of unit vectors."""
+    w = (projection(torch.eye(128)) - projection(torch.zeros(128))).double()  # [Hq * D, hidden]
     rows = w.view(heads, -1, 32, w.shape[-1])  # [H, G, D, hidden]
     found = collect(model, ids[:1], [1], window=10, sinks=2, seed=0, gradient=False)[1].readout
     torch.testing.assert_close(found, (rows @ rows.mT).sum(1), rtol=1e-4, atol=1e-6)

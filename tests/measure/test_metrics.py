@@ -9,7 +9,7 @@ import torch
 from tq_ao.evaluation.kivi import kivi, min_max
 from tq_ao.evaluation.setup import plain_maps
 from tq_ao.measure.evaluator import Evaluator
-from tq_ao.measure.metrics import joined, score, summarize
+from tq_ao.measure.metrics import TokenScores, joined, score, summarize
 from tq_ao.measure.simulate import LayerPlan
 
 
@@ -51,6 +51,12 @@ def test_pieces_of_a_window_are_no_chunks_of_their_own(rng):
     found, want = summarize([together], chunk=32), summarize([whole], chunk=32)
     assert found.chunks == want.chunks == 6 and found.kl_stderr == pytest.approx(want.kl_stderr)
     assert math.isnan(summarize([score(a[:1], b[:1], ids[:1], torch.arange(96))]).kl_stderr)
+
+
+def test_chunks_are_stretches_of_text_however_few_positions_are_read(rng):
+    positions = torch.arange(0, 1024, 2)
+    x = torch.rand(1, 512, generator=rng)
+    assert summarize([TokenScores(positions, x, x, x, x)], chunk=512).chunks == 2
 
 
 def test_simulation_is_exact_without_plans_and_worse_with_fewer_bits(rng):

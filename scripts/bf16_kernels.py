@@ -70,9 +70,8 @@ def _flashinfer(package, q: torch.Tensor, kv: torch.Tensor) -> Call:  # type: ig
         wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
         wrapper.plan(*tables, *of_heads, **dtypes)
         return partial(wrapper.run, q[:, :, 0].contiguous(), pages)
-    wrapper = package.BatchPrefillWithPagedKVCacheWrapper(
-        workspace, "HND", backend="fa2"
-    )  # its fa3 does not split rows
+    # Its "fa3" does not split rows.
+    wrapper = package.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND", backend="fa2")
     wrapper.plan(starts(q.shape[2]), *tables, *of_heads, causal=True, **dtypes)
     rows = q.transpose(1, 2).flatten(0, 1)
     return lambda: wrapper.run(rows, pages).unflatten(0, (batch, -1)).transpose(1, 2)

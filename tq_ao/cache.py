@@ -254,10 +254,10 @@ class TurboQuantCache(Cache):
             attention_mask = attention_mask.get("full_attention", attention_mask.get(SLIDING))
         if attention_mask is None or not layers:
             return
-        if attention_mask.shape[0] == 1:
-            attention_mask = attention_mask.expand(batch_size, *attention_mask.shape[1:])
         if query_length == 1 and not layers[0].is_empty and not padding_only:
             return  # a decode step: nothing new to learn
+        if attention_mask.shape[0] == 1:
+            attention_mask = attention_mask.expand(batch_size, *attention_mask.shape[1:])
         seen = layers[0].get_seq_length()
         mask = attention_mask if attention_mask.dim() == 2 else attention_mask[:, 0, -1]
         if isinstance(seen, int) and mask.shape[-1] < seen + query_length:

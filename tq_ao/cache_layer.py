@@ -292,11 +292,12 @@ class TurboQuantLayer(CacheLayerMixin):
             if length == removed:
                 self.reset()
                 return
-        if self.max_cache_len is None and not self.seen:
+        self.length.sub_(removed).clamp_(min=0)
+        if self.max_cache_len is not None:
+            self.start.mul_(self.length > 0)  # an empty cache knows of no padding
+        elif not self.seen:
             self.reset()
             return
-        self.length.sub_(removed).clamp_(min=0)
-        self.start.mul_(self.length > 0)  # an empty cache knows of no padding
         # A restored ring is as good as one written up to here: its oldest token is the first that is not packed.
         torch.minimum(self.written, self.length + RING_SLACK, out=self.written)
 
